@@ -1,0 +1,1 @@
+"""bnrewrite: reads normalisations out of a model's graph by algebra and gives them native speed."""

@@ -1,0 +1,79 @@
+"""One call of a graph, with its arguments by name whatever their spelling."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axes import Size, size_of
+
+_OPERATORS: dict[Callable[..., Any], str] = {
+    operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div",
+    operator.pow: "pow", operator.neg: "neg", operator.getitem: "getitem",
+    torch.sym_float: "sym_float",
+}  # fmt: skip
+
+FLOATING_RANK = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
+
+
+def name_of(node: fx.Node) -> str:
+    """The operator without namespace, overload and trailing underscore: ``mean``, ``pow``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        space, _, name = target._schema.name.partition("::")
+        return name if space == "aten" else target._schema.name
+    return _OPERATORS.get(target, "") if callable(target) else ""
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """All arguments by schema name, defaults filled in; operators have ``self`` and ``other``."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return dict(zip(("self", "other"), node.args, strict=False))
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if position < len(node.args):
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def is_tensor(node: object) -> bool:
+    """Whether a node holds one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape_of(node: fx.Node) -> tuple[Size, ...]:
+    """The extents of a tensor node."""
+    return tuple(size_of(s) for s in node.meta["val"].shape)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a tensor node."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast loses floating-point digits or range."""
+    if source == target:
+        return False
+    if source not in FLOATING_RANK or target not in FLOATING_RANK:
+        return True
+    return FLOATING_RANK[target] <= FLOATING_RANK[source]
+
+
+def reduced_dims(node: fx.Node, dim: object) -> tuple[int, ...]:
+    """The dimensions that a ``dim`` argument names: all for None and for an empty list."""
+    rank = len(node.meta["val"].shape)
+    if dim is None or dim == []:
+        return tuple(range(rank))
+    dims: Sequence[int] = [dim] if isinstance(dim, int) else list(dim)  # type: ignore[call-overload]
+    return tuple(sorted(d % rank for d in dims)) if rank else ()

@@ -1,0 +1,370 @@
+"""Reads the numbers of a norm out of its formula: eps, affine, order, and its name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from torch import fx
+
+from .axes import Axis
+from .catalogue import Roles, name_centred
+from .expression import (
+    ONE,
+    ZERO,
+    Exponent,
+    Extent,
+    Function,
+    Monomial,
+    Number,
+    Polynomial,
+    Reduction,
+    Sum,
+    added,
+    number,
+    rounded,
+)
+from .meaning import Reading
+from .ring import Ring
+from .signs import positive
+from .site import Linear, Moments, factored, mixes_gradients, moments_of, reduced_axes
+
+
+@dataclass(frozen=True)
+class Match:
+    """A norm site and its formula, ``y = x * scale + shift`` with ``scale = part * weight``.
+
+    Attributes:
+        kind: a name of the catalogue, or "general".
+        over: the reduced axes.
+        eps: as the user's formula has it, relative to the user's statistic.
+        root_eps: for ``(V + root_eps)^(-1/2)`` and ``(E[x^2] + root_eps)^(-1/2)``: the native eps.
+        part: the factor of the scale that is made of moments of x.
+        weight, bias: free of moments of x.
+        centred: the shift is ``bias - M * scale``.
+        masked: the root is ``norm``'s, with gradient zero at zero.
+        order: p of an Lp norm.
+        reason: why the formula has no name (kind "general").
+    """
+
+    linear: Linear
+    kind: str
+    over: frozenset[Axis]
+    moments: Moments
+    part: Monomial
+    weight: Polynomial
+    bias: Polynomial
+    centred: bool
+    eps: float | None = None
+    root_eps: Polynomial | None = None
+    masked: bool = False
+    order: float | None = None
+    reason: str | None = None
+
+    @property
+    def node(self) -> fx.Node:
+        """The node whose value is replaced."""
+        return self.linear.node
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """A statistic in a denominator.
+
+    Attributes:
+        variance: of V, else of a p-norm.
+        inside: the eps stands under the root, in units of V or of E[|x|^p].
+        outside: the eps stands outside the root or in a maximum, in units of the p-norm.
+        factor: ``(a V + e)^(-1/2) = a^(-1/2) (V + e / a)^(-1/2)`` where a is not a number (a
+            correction over a symbolic size): a^(-1/2), which moves to the weight.
+    """
+
+    variance: bool
+    order: float
+    inside: Polynomial | None
+    outside: float | None
+    masked: bool
+    factor: Polynomial = ONE
+
+
+def match(reading: Reading, linear: Linear) -> Match | None:
+    """The norm that a site computes, or None where the scale has no moment of its tensor."""
+    ring = reading.ring
+    over = reduced_axes(ring, linear)
+    if linear.source not in ring.moments(linear.scale):
+        return None
+    if over is None or not over:
+        return _general(ring, linear, frozenset(), "its statistics run over different axes")
+    split = factored(ring, linear)
+    moments = moments_of(ring, linear, over)
+    if split is None:
+        return _general(ring, linear, over, "its scale is a sum of different statistics")
+    part, weight = split
+    centred_bias = added(linear.shift, ring.multiply(linear.scale, moments.mean))
+    uncentred = linear.source not in ring.moments(linear.shift)
+    centred = not uncentred and linear.source not in ring.moments(centred_bias)
+    bias = centred_bias if centred else linear.shift
+    base = Match(linear, "general", over, moments, part, weight, bias, centred)
+    reason = _reason(ring, linear, base, uncentred)
+    found = denominator(ring, linear, part, moments, over) if reason is None else None
+    if reason is None and found is None:
+        reason = "its denominator is not the root of a moment plus a constant"
+    if reason is None and found is not None and found.variance != centred:
+        reason = "it subtracts the mean but divides by the root mean square" if centred else (
+            "it divides by the standard deviation without subtracting the mean"
+        )  # fmt: skip
+    if reason is not None or found is None:
+        return replace(base, reason=reason, eps=None)
+    return _named_centred(reading, base, found) if centred else _named_uncentred(ring, base, found)
+
+
+def _reason(ring: Ring, linear: Linear, base: Match, uncentred: bool) -> str | None:
+    if not uncentred and not base.centred:
+        return "it does not subtract the mean of what it divides by"
+    if mixes_gradients(ring, linear):
+        return "a part of it is detached: no gradient flows through that statistic"
+    return None
+
+
+def _general(ring: Ring, linear: Linear, over: frozenset[Axis], reason: str) -> Match:
+    moments = moments_of(ring, linear, over)
+    return Match(
+        linear, "general", over, moments, (), linear.scale, linear.shift, False, reason=reason
+    )
+
+
+def affine(ring: Ring, linear: Linear) -> Match:
+    """A site whose statistics are stored: nothing of x is reduced."""
+    moments = Moments(ONE, ONE)
+    return Match(linear, "affine", frozenset(), moments, (), linear.scale, linear.shift, False)
+
+
+def _named_centred(reading: Reading, base: Match, found: Denominator) -> Match:
+    ring = reading.ring
+    if found.outside is not None or found.inside is None or found.masked:
+        return replace(base, reason="eps is added after the root", eps=found.outside)
+    roles = roles_of(reading, base)
+    inside = found.inside.constant
+    eps = None if inside is None else _user_eps(ring, base, float(inside), Fraction(-1, 2))
+    norm = name_centred(roles)
+    allowed = _affine_axes(base, norm.kind if norm else "")
+    affine = ring.axes(base.weight) | ring.axes(base.bias)
+    if norm is None or not affine <= allowed:
+        return replace(base, reason="its affine runs along axes that no named norm has", eps=eps)
+    weight = ring.multiply(base.weight, found.factor)
+    return replace(base, kind=norm.kind, eps=eps, root_eps=found.inside, weight=weight)
+
+
+def _user_eps(ring: Ring, base: Match, eps: float, exponent: Exponent) -> float:
+    """Eps in the unit of the user's statistic.
+
+    ``(a S + e)^p = a^p (S + e / a)^p``: the number a^p has moved to the weight. Only an ``a`` that
+    a statistic has (a count, Bessel's correction, their roots) is moved back.
+    """
+    factor = _number_factor(base.weight)
+    count = ring.count(base.over).constant
+    if factor is None or factor <= 0 or count is None:
+        return eps
+    unit, n = factor ** (1 / float(exponent)), float(count)
+    bessel = n / (n - 1) if n > 1 else 1.0
+    known = (n, math.sqrt(n), bessel, math.sqrt(bessel))
+    if any(math.isclose(unit, k, rel_tol=1e-9) for k in known):
+        eps *= unit
+    return float(f"{eps:.10g}")
+
+
+def _affine_axes(base: Match, kind: str) -> frozenset[Axis]:
+    """The axes along which a native op can have its affine."""
+    kept = base.linear.axes - base.over
+    if kind == "batch_norm":
+        return kept
+    if kind == "instance_norm":
+        return frozenset(a for i, d in enumerate(base.linear.index) for a in d if i) & kept
+    if kind == "group_norm":
+        return frozenset(a for d in base.linear.index[1:] for a in d)
+    return base.over
+
+
+def _named_uncentred(ring: Ring, base: Match, found: Denominator) -> Match:
+    exponent: Exponent = Fraction(-1, 2) if found.inside is not None else -1
+    lp = found.order != 2 or _clamped(ring, base) or _is_over_sum(ring, base, found)
+    if found.inside is not None:
+        inside = found.inside.constant
+        eps = None if inside is None else _user_eps(ring, base, float(inside), exponent)
+    else:
+        eps = found.outside if _clamped(ring, base) else _user_eps(ring, base, found.outside or 0, -1)
+    root = found.inside if found.order == 2 and not found.masked else None
+    kind = "lp_normalize" if lp else "rms_norm"
+    return replace(base, kind=kind, eps=eps, root_eps=root, masked=found.masked, order=found.order)
+
+
+def _is_over_sum(ring: Ring, base: Match, found: Denominator) -> bool:
+    """Whether the statistic is a sum of squares, not a mean: the weight has a factor n^(-1/2)."""
+    if len(base.weight.terms) != 1:
+        return False
+    ((monomial, coefficient),) = base.weight.terms.items()
+    sizes = tuple(i for i in monomial if isinstance(ring.bases[i[0]], Extent))
+    root = ring.power(ring.count(base.over), Fraction(1, 2))
+    own = ring.multiply(Polynomial({sizes: coefficient}), found.factor)
+    number = ring.multiply(own, root).constant
+    return number is not None and math.isclose(float(number), 1, rel_tol=1e-9)
+
+
+def _clamped(ring: Ring, base: Match) -> bool:
+    first = ring.bases[base.part[0][0]]
+    return isinstance(first, Function) and first.name == "maximum"
+
+
+def _number_factor(weight: Polynomial) -> float | None:
+    """The number that multiplies every term of a weight, where it is one number."""
+    coefficients = {rounded(c) for c in weight.terms.values()}
+    return coefficients.pop() if len(coefficients) == 1 else None
+
+
+def denominator(
+    ring: Ring, linear: Linear, part: Monomial, moments: Moments, over: frozenset[Axis]
+) -> Denominator | None:
+    """The statistic that the scale divides by."""
+    if len(part) != 1:
+        return None
+    base, exponent = ring.bases[part[0][0]], part[0][1]
+    if exponent == Fraction(-1, 2) and isinstance(base, (Sum, Reduction)):
+        polynomial = base.polynomial if isinstance(base, Sum) else moments_square(ring, base)
+        return _under_root(ring, linear, polynomial, moments)
+    if isinstance(base, Sum) and exponent == -1:
+        constant = base.polynomial.terms.get((), 0)
+        rest = added(base.polynomial, Polynomial({(): constant}), -1) if constant else None
+        plain = _norm(ring, linear, rest, moments, over) if rest else None
+        found = _outside(plain, float(constant))
+        return replace(found, factor=_sizes(ring, rest)) if found and rest else None
+    if isinstance(base, Function) and base.name == "maximum" and exponent in (-1, Fraction(-1, 2)):
+        return _clamp(ring, linear, base, exponent == -1, moments, over)
+    inverse = Polynomial({((part[0][0], -exponent),): 1})
+    return _norm(ring, linear, inverse, moments, over)
+
+
+def moments_square(ring: Ring, base: Reduction) -> Polynomial:
+    """A reduction as a polynomial."""
+    return Polynomial({((base.id, 1),): 1})
+
+
+def _under_root(
+    ring: Ring, linear: Linear, polynomial: Polynomial, moments: Moments
+) -> Denominator | None:
+    """(a V + e) or (a E[x^2] + e), scaled to a = 1."""
+    ((square, _),) = moments.square.terms.items()
+    lead = Polynomial(
+        {
+            tuple(i for i in m if i not in square): c
+            for m, c in polynomial.terms.items()
+            if square[0] in m
+        }
+    )
+    if not positive(ring, lead) or ring.axes(lead):
+        return None
+    for variance, moment in ((True, moments.variance(ring)), (False, moments.square)):
+        rest = added(polynomial, ring.multiply(lead, moment), -1).constant
+        if rest is not None and rest >= 0:
+            inside = ring.divide(number(rest), lead)
+            factor = ONE if lead.constant == 1 else ring.power(lead, Fraction(-1, 2))
+            return Denominator(variance, 2, inside, None, False, factor)
+    return None
+
+
+def _norm(
+    ring: Ring, linear: Linear, value: Polynomial, moments: Moments, over: frozenset[Axis]
+) -> Denominator | None:
+    """A p-norm or a standard deviation with a positive factor and no eps."""
+    if len(value.terms) != 1 or next(iter(value.terms.values())) <= 0:
+        return None
+    ((monomial, _),) = value.terms.items()
+    items = [i for i in monomial if linear.source in ring.bases[i[0]].moments]
+    if len(items) != 1 or ring.axes(Polynomial({tuple(i for i in monomial if i not in items): 1})):
+        return None
+    single = Polynomial({tuple(items): 1})
+    magnitude = ring.absolute(ring.atom(linear.source, linear.index))
+    known = [
+        (2.0, True, False, ring.root(moments.square)),
+        (2.0, False, False, ring.power(moments.square, Fraction(1, 2))),
+        (2.0, True, True, ring.root(moments.variance(ring))),
+        (2.0, False, True, ring.power(moments.variance(ring), Fraction(1, 2))),
+        (1.0, False, False, ring.mean(magnitude, over)),
+        (math.inf, False, False, ring.maximum_over(magnitude, over)),
+        (math.inf, False, False, ring.maximum_over(magnitude, over, "first")),
+    ]
+    for order, masked, variance, candidate in known:
+        if candidate == single:
+            return Denominator(variance, order, ZERO, None, masked)
+    exponent = items[0][1]
+    if exponent and exponent != 1 and isinstance(exponent, Fraction):
+        order = 1 / exponent
+        if ring.power(ring.mean(ring.power(magnitude, order), over), exponent) == single:
+            return Denominator(False, float(order), 0.0, None, False)
+    return None
+
+
+def _outside(plain: Denominator | None, eps: float) -> Denominator | None:
+    if plain is None or eps <= 0:
+        return None
+    return Denominator(plain.variance, plain.order, None, eps, plain.masked)
+
+
+def _sizes(ring: Ring, value: Polynomial) -> Polynomial:
+    """One over the symbolic sizes in front of a term."""
+    ((monomial, _),) = value.terms.items()
+    sizes = tuple(i for i in monomial if isinstance(ring.bases[i[0]], Extent))
+    return ring.power(Polynomial({sizes: 1}), -1)
+
+
+def _clamp(
+    ring: Ring, linear: Linear, base: Function, whole: bool, moments: Moments, over: frozenset[Axis]
+) -> Denominator | None:
+    constants = [a.constant for a in base.arguments]
+    if (constants[0] is None) == (constants[1] is None):
+        return None
+    index = 0 if constants[0] is not None else 1
+    limit: Number = constants[index] or 0
+    other = base.arguments[1 - index]
+    if not whole:
+        found = _under_root(ring, linear, other, moments)
+        return _outside(found, float(limit)) if found and found.inside == ZERO else None
+    return _outside(_norm(ring, linear, other, moments, over), float(limit))
+
+
+def roles_of(reading: Reading, base: Match) -> Roles:
+    """What happens to each dimension of the normalised tensor."""
+    kept, reduced, mixed, affine = set(), set(), set(), set()
+    runs = reading.ring.axes(base.weight) | reading.ring.axes(base.bias)
+    for i, dim in enumerate(base.linear.index):
+        inside = set(dim) & base.over
+        if inside and inside != set(dim):
+            mixed.add(i)
+        elif inside:
+            reduced.add(i)
+        elif dim:
+            kept.add(i)
+        if set(dim) & runs:
+            affine.add(i)
+    return Roles(
+        frozenset(kept), frozenset(reduced), frozenset(mixed), frozenset(affine),
+        len(base.linear.index), is_parameter(base.linear.source),
+    )  # fmt: skip
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a tensor is computed from parameters alone."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            if not current.meta.get("parameter"):
+                return False
+        elif len(seen) > 64:
+            return False
+        todo += current.all_input_nodes
+    return True

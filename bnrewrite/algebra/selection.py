@@ -1,0 +1,165 @@
+"""Chooses the sites of a graph: which nodes are replaced."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .expression import Atom, Function, Monomial, Reduction, Sum
+from .match import Match, affine, match
+from .meaning import Reading
+from .ring import Ring
+from .site import Linear, linear_forms
+
+Matches = dict[fx.Node, Match]
+
+
+def find(reading: Reading, graph: fx.Graph) -> list[Match]:
+    """The norm sites of a graph, in graph order.
+
+    Along a chain (x - M), (x - M)/s, ... w + b the site is the last node that has a name, as long
+    as nothing else needs the ones before. Without a name it is the last node of the chain whose
+    coefficients are smaller than the tensor.
+    """
+    matches: Matches = {}
+    for node in graph.nodes:
+        found = _of_node(reading, node)
+        if found is not None:
+            matches[node] = found
+    named = {n: m for n, m in matches.items() if m.kind != "general"}
+    chosen = _ends(named, matches)
+    open_ = _uncovered(matches, chosen)
+    small = {n: m for n, m in open_.items() if is_small(reading.ring, m)}
+    chosen |= _ends(small, matches)
+    chosen |= _ends(_uncovered(matches, chosen), matches)
+    return [chosen[n] for n in graph.nodes if n in chosen]
+
+
+def _of_node(reading: Reading, node: fx.Node) -> Match | None:
+    meaning = reading.formula(node)
+    if meaning is None or node.op != "call_function":
+        return None
+    ring = reading.ring
+    statistics = ring.moments(meaning.value)
+    if not statistics:
+        return _affine(reading, node)
+    if statistics & ring.raw(meaning.value):
+        for linear in linear_forms(reading, node):
+            if linear.source in statistics and divides_by_moment(ring, linear):
+                found = match(reading, linear)
+                if found is not None:
+                    return found
+    return None
+
+
+def divides_by_moment(ring: Ring, linear: Linear) -> bool:
+    """Whether the scale has a nonnegative moment of its tensor in a denominator or under a root."""
+    return any(
+        (exponent < 0 or not isinstance(exponent, int)) and _has_magnitude(ring, base, linear.source)
+        for monomial in linear.scale.terms
+        for base, exponent in monomial
+    )
+
+
+def _has_magnitude(ring: Ring, base_id: int, source: object) -> bool:
+    base = ring.bases[base_id]
+    if source not in base.moments:
+        return False
+    if isinstance(base, Atom):
+        return True
+    inside: list[Monomial] = []
+    if isinstance(base, Reduction):
+        if base.nonnegative:
+            return True
+        inside = [base.monomial]
+    elif isinstance(base, Sum):
+        inside = list(base.polynomial.terms)
+    elif isinstance(base, Function):
+        inside = [m for a in base.arguments for m in a.terms]
+    return any(_has_magnitude(ring, b, source) for m in inside for b, _ in m)
+
+
+def is_small(ring: Ring, found: Match) -> bool:
+    """Whether the coefficients are smaller than the tensor, each or in two factors."""
+    everything = found.linear.axes
+    if not ring.axes(found.bias) < everything:
+        return False
+    if ring.axes(found.linear.scale) < everything:
+        return True
+    return bool(found.part) and ring.axes(found.weight) <= found.over
+
+
+def _ends(candidates: Matches, matches: Matches) -> Matches:
+    """The ends of the chains: candidates that are not only the input of one further candidate.
+
+    An end that is computed from another end of the same tensor stays the user's code.
+    """
+    ends: Matches = {}
+    covered: set[fx.Node] = set()
+    for node, found in matches.items():
+        source = found.linear.source
+        before = [i for i in node.all_input_nodes if i in matches]
+        if any((i in covered or i in ends) and matches[i].linear.source is source for i in before):
+            covered.add(node)
+        elif node in candidates and not _continues(candidates, node, source):
+            ends[node] = candidates[node]
+    return ends
+
+
+def _continues(candidates: Matches, node: fx.Node, source: fx.Node) -> bool:
+    """Whether the only use of a node is a further candidate about the same tensor."""
+    if len(node.users) != 1:
+        return False
+    further = candidates.get(next(iter(node.users)))
+    return further is not None and further.linear.source is source
+
+
+def _uncovered(matches: Matches, chosen: Matches) -> Matches:
+    """The matches that are neither computed from a chosen site's value nor lead to one."""
+    after: set[fx.Node] = set(chosen)
+    for node, found in matches.items():
+        source = found.linear.source
+        if any(i in after and matches[i].linear.source is source for i in node.all_input_nodes):
+            after.add(node)
+    before: set[fx.Node] = set(chosen)
+    for node in reversed(matches):
+        source = matches[node].linear.source
+        if any(u in before and matches[u].linear.source is source for u in node.users):
+            before.add(node)
+    return {n: m for n, m in matches.items() if n not in after and n not in before}
+
+
+def _affine(reading: Reading, node: fx.Node) -> Match | None:
+    """``x * scale + shift`` with stored statistics: a norm at inference, a frozen norm."""
+    ring = reading.ring
+    for linear in linear_forms(reading, node):
+        if _is_stored(linear.source) or not linear.shift.terms:
+            continue
+        stored = ring.raw(linear.scale) | ring.raw(linear.shift)
+        if (
+            stored
+            and all(_is_stored(s) for s in stored)
+            and _normalises(ring, linear)
+            and ring.axes(linear.scale) | ring.axes(linear.shift) < linear.axes
+        ):
+            return affine(ring, linear)
+    return None
+
+
+def _is_stored(source: object) -> bool:
+    return isinstance(source, fx.Node) and (
+        bool(source.meta.get("parameter") or source.meta.get("stored")) or source.op == "get_attr"
+    )
+
+
+def _normalises(ring: Ring, linear: Linear) -> bool:
+    """Whether something stored is divided by, or stands under a root or an exponential."""
+    return any(
+        exponent < 0 or not isinstance(exponent, int) or _is_exponential(ring, base)
+        for monomial in linear.scale.terms
+        for base, exponent in monomial
+    )
+
+
+def _is_exponential(ring: Ring, base: int) -> bool:
+    found = ring.bases[base]
+    return isinstance(found, Function) and found.name == "exp"

@@ -1,0 +1,197 @@
+"""Reshapes, permutations and broadcasts: they only regroup axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axes import Axis, Dim, Dims, Opaque, Size, regroup, size_of
+from .calls import dtype_of, narrows, shape_of
+from .meaning import Meaning, Reading
+
+
+def unchanged(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """Copies and memory formats."""
+    return reading.operand(a["self"])
+
+
+def detach(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """The same value without a gradient."""
+    meaning = reading.operand(a["self"])
+    return Meaning(meaning.dims, reading.ring.stop(meaning.value))
+
+
+def cast(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """A cast is the identity where it loses nothing.
+
+    Where it rounds the normalised tensor, the formula ends there and an atom begins (whether a
+    scale multiplies before or after is part of the formula). A statistic that is rounded stays a
+    statistic: computed without the rounding it is only more accurate.
+    """
+    source = a["self"]
+    meaning = reading.operand(source)
+    if not isinstance(source, fx.Node):
+        raise Opaque("a cast of a number")
+    before, after = dtype_of(source), dtype_of(node)
+    if after.is_complex or before.is_complex:
+        raise Opaque("complex numbers")
+    if not before.is_floating_point and not (before == torch.int64 and not meaning.dims):
+        raise Opaque("a cast from integers")
+    if not narrows(before, after) or not before.is_floating_point:
+        return meaning
+    if not after.is_floating_point:
+        raise Opaque("a cast to integers")
+    if reading.ring.raw(meaning.value) & reading.anchors or not reading.ring.moments(meaning.value):
+        if reading.ring.moments(meaning.value):
+            reading.sealed[node] = meaning
+            raise Opaque("a rounding cast")
+        return reading.atom(node) if meaning.dims and not _is_small(source) else meaning
+    reading.narrowed.add(node)
+    return meaning
+
+
+def _is_small(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta["val"], torch.nn.Parameter)
+
+
+def view(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """Any reshape: axes are split and regrouped in row-major order."""
+    source = a["self"]
+    meaning = reading.operand(source)
+    dims = materialised(meaning.dims, shape_of(source))
+    new, moves = regroup(dims, shape_of(node))
+    return Meaning(new, reading.ring.substitute(meaning.value, moves))
+
+
+def materialised(dims: Dims, shape: tuple[Size, ...]) -> Dims:
+    """An axis for every dimension that was expanded, so that a reshape can count it."""
+    return tuple(
+        dim if dim or size == 1 else (Axis(size),) for dim, size in zip(dims, shape, strict=True)
+    )
+
+
+def permute(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``permute(dims)``."""
+    meaning = reading.operand(a["self"])
+    return Meaning(tuple(meaning.dims[d] for d in a["dims"]), meaning.value)
+
+
+def transpose(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``transpose(dim0, dim1)``."""
+    meaning = reading.operand(a["self"])
+    dims = list(meaning.dims)
+    if dims:
+        i, j = (a[k] if k in a else a["axis" + k[-1]] for k in ("dim0", "dim1"))
+        dims[i], dims[j] = dims[j], dims[i]
+    return Meaning(tuple(dims), meaning.value)
+
+
+def t(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """The transpose of a matrix."""
+    meaning = reading.operand(a["self"])
+    return Meaning(tuple(reversed(meaning.dims)), meaning.value)
+
+
+def movedim(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``movedim(source, destination)``."""
+    meaning = reading.operand(a["self"])
+    rank = len(meaning.dims)
+    source, target = (
+        [d % rank for d in ([v] if isinstance(v, int) else v)] for v in (a["source"], a["destination"])
+    )
+    placed: dict[int, Dim] = {t: meaning.dims[s] for s, t in zip(source, target, strict=True)}
+    rest = iter(d for i, d in enumerate(meaning.dims) if i not in source)
+    return Meaning(tuple(placed[i] if i in placed else next(rest) for i in range(rank)), meaning.value)
+
+
+def unsqueeze(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """A new dimension of one element."""
+    meaning = reading.operand(a["self"])
+    at = a["dim"] % (len(meaning.dims) + 1)
+    return Meaning((*meaning.dims[:at], (), *meaning.dims[at:]), meaning.value)
+
+
+def squeeze(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """Dimensions of one element disappear."""
+    meaning = reading.operand(a["self"])
+    shape = shape_of(a["self"])
+    rank = len(shape)
+    dim = a.get("dim")
+    chosen = range(rank) if dim is None else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    gone = {d for d in chosen if shape[d] == 1}
+    dims = tuple(d for i, d in enumerate(meaning.dims) if i not in gone)
+    if len(dims) != len(shape_of(node)):
+        raise Opaque("a squeeze of symbolic extents")
+    return Meaning(dims, meaning.value)
+
+
+def expand(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """Broadcasting: the value does not vary along the new extents."""
+    meaning = reading.operand(a["self"])
+    return Meaning(((),) * (len(shape_of(node)) - len(meaning.dims)) + meaning.dims, meaning.value)
+
+
+def repeat(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``repeat`` of dimensions of one element is an expand."""
+    source = a["self"]
+    shape = shape_of(source)
+    repeats = a["repeats"]
+    padded: tuple[Size, ...] = (1,) * (len(repeats) - len(shape)) + shape
+    if any(r != 1 and size != 1 for r, size in zip(repeats, padded, strict=True)):
+        raise Opaque("a repeat of a dimension of more than one element")
+    return expand(reading, node, a)
+
+
+def whole(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """A slice of everything."""
+    if shape_of(a["self"]) != shape_of(node) or a["step"] != 1:
+        raise Opaque("a part of a tensor")
+    return reading.operand(a["self"])
+
+
+def select(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """Indexing a dimension along which the value does not vary."""
+    meaning = reading.operand(a["self"])
+    at = a["dim"] % len(meaning.dims)
+    if meaning.dims[at]:
+        raise Opaque("a part of a tensor")
+    return Meaning(meaning.dims[:at] + meaning.dims[at + 1 :], meaning.value)
+
+
+def filled(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """Constant tensors: ``full``, ``ones_like``, ``zeros``, ``scalar_tensor``."""
+    name = str(node.target)
+    if "ones" in name:
+        value: Any = 1
+    elif "zeros" in name:
+        value = 0
+    else:
+        value = a.get("fill_value", a.get("s"))
+    constant = reading.operand(value)
+    if constant.dims:
+        raise Opaque("a tensor filled with a tensor")
+    return Meaning(((),) * len(shape_of(node)), constant.value)
+
+
+def size(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """A size read from a tensor."""
+    return Meaning((), reading.ring.extent(size_of(node.meta["val"])))
+
+
+SHAPES = {
+    **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh",
+                     "positive", "resolve_conj", "resolve_neg"), unchanged),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as",
+                     "reshape_as", "ravel"), view),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
+    **dict.fromkeys(("t", "numpy_T"), t),
+    **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    **dict.fromkeys(("full", "full_like", "ones", "ones_like", "zeros", "zeros_like",
+                     "scalar_tensor", "new_ones", "new_zeros", "new_full"), filled),
+    "detach": detach, "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze,
+    "repeat": repeat, "slice": whole, "select": select, "sym_size": size,
+}  # fmt: skip

@@ -1,0 +1,209 @@
+"""Norm sites: nodes whose meaning is ``scale * x + shift`` with moments of x in the scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from torch import fx
+
+from .axes import Axis, Dims, Opaque, axes_of
+from .expression import (
+    ONE,
+    Atom,
+    Base,
+    Exponent,
+    Function,
+    Monomial,
+    Polynomial,
+    Reduction,
+    Sum,
+    added,
+)
+from .meaning import Meaning, Reading
+from .ring import Ring
+from .signs import positive
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The statistics of a tensor over axes, as bases of the ring."""
+
+    mean: Polynomial  # E[x]
+    square: Polynomial  # E[x^2]
+
+    def variance(self, ring: Ring) -> Polynomial:
+        """E[x^2] - E[x]^2."""
+        return added(self.square, ring.multiply(self.mean, self.mean), -1)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``value = scale * x + shift`` at a node.
+
+    Attributes:
+        node: the node with this meaning.
+        source: the normalised tensor.
+        index: the axes of the source's dimensions.
+        dims: the axes of the node's dimensions.
+        scale, shift: free of the source outside reductions.
+        detached: no gradient flows through the whole value.
+        before_rounding: the node is a cast that rounds this value.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    index: Dims
+    dims: Dims
+    scale: Polynomial
+    shift: Polynomial
+    detached: bool
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        """All axes of the normalised tensor."""
+        return frozenset(axes_of(self.index))
+
+
+def linear_forms(reading: Reading, node: fx.Node) -> list[Linear]:
+    """The tensors in which a node's meaning is of degree one, with their coefficients."""
+    meaning = reading.formula(node)
+    if meaning is None or len(meaning.value.terms) < 1:
+        return []
+    ring = reading.ring
+    value, detached = _attached(ring, meaning.value)
+    forms = []
+    for source in ring.raw(value):
+        if isinstance(source, fx.Node):
+            form = _linear_in(ring, value, source)
+            if form is not None and set(axes_of(form[0])) == set(axes_of(meaning.dims)):
+                index, scale, shift = form
+                forms.append(Linear(node, source, index, meaning.dims, scale, shift, detached))
+    return forms
+
+
+def _attached(ring: Ring, value: Polynomial) -> tuple[Polynomial, bool]:
+    """A value of which every part is detached, as an attached value; else the value itself."""
+    states = _stops(ring, value)
+    if states != {True}:
+        return value, False
+
+    def leaf(base: Base) -> Polynomial | None:
+        if isinstance(base, Atom):
+            return ring.atom(base.source, base.index, moments=base.moments)
+        return None
+
+    return ring.transform(value, leaf), True
+
+
+def _stops(ring: Ring, value: Polynomial) -> set[bool]:
+    """Whether the differentiable atoms inside are stopped."""
+    found: set[bool] = set()
+    seen: set[int] = set()
+    todo = list(value.bases())
+    while todo:
+        base_id = todo.pop()
+        if base_id in seen:
+            continue
+        seen.add(base_id)
+        base = ring.bases[base_id]
+        if isinstance(base, Atom):
+            if ring.differentiable(base.source):
+                found.add(base.stopped)
+        elif isinstance(base, Reduction):
+            todo += [b for b, _ in base.monomial]
+        elif isinstance(base, Sum):
+            todo += base.polynomial.bases()
+        elif isinstance(base, Function):
+            todo += [b for a in base.arguments for b in a.bases()]
+    return found
+
+
+def mixes_gradients(ring: Ring, linear: Linear) -> bool:
+    """Whether a part of the formula is detached and another is not."""
+    x = ring.atom(linear.source, linear.index)
+    whole = added(ring.multiply(linear.scale, x), linear.shift)
+    return True in _stops(ring, whole)
+
+
+def _linear_in(
+    ring: Ring, value: Polynomial, source: fx.Node
+) -> tuple[Dims, Polynomial, Polynomial] | None:
+    scale: dict[Monomial, Any] = {}
+    shift: dict[Monomial, Any] = {}
+    atom: Atom | None = None
+    for monomial, coefficient in value.terms.items():
+        here = [(b, e) for b, e in monomial if source in ring.bases[b].raw]
+        if not here:
+            shift[monomial] = coefficient
+            continue
+        base = ring.bases[here[0][0]]
+        if len(here) != 1 or here[0][1] != 1 or not isinstance(base, Atom) or base.stopped:
+            return None
+        if atom is not None and atom is not base:
+            return None
+        atom = base
+        rest = tuple(item for item in monomial if item != here[0])
+        scale[rest] = coefficient
+    if atom is None:
+        return None
+    return atom.index, Polynomial(scale), Polynomial(shift)
+
+
+def reduced_axes(ring: Ring, linear: Linear) -> frozenset[Axis] | None:
+    """The axes over which the moments of the source in the scale are taken, if they agree."""
+    found: set[frozenset[Axis]] = set()
+    for base in _reductions_of(ring, linear.scale, linear.source):
+        if base.axes <= linear.axes:
+            found.add(linear.axes - base.axes)
+    return found.pop() if len(found) == 1 else None
+
+
+def _reductions_of(ring: Ring, value: Polynomial, source: fx.Node) -> list[Reduction]:
+    result: list[Reduction] = []
+    todo = list(value.bases())
+    while todo:
+        base = ring.bases[todo.pop()]
+        if isinstance(base, Reduction):
+            if any(ring.bases[b].raw == {source} for b, _ in base.monomial):
+                result.append(base)
+        elif isinstance(base, Sum):
+            todo += base.polynomial.bases()
+        elif isinstance(base, Function):
+            todo += [b for a in base.arguments for b in a.bases()]
+    return result
+
+
+def moments_of(ring: Ring, linear: Linear, over: frozenset[Axis]) -> Moments:
+    """E[x] and E[x^2] of the source over axes."""
+    x = ring.atom(linear.source, linear.index)
+    return Moments(ring.mean(x, over), ring.mean(ring.multiply(x, x), over))
+
+
+def factored(
+    ring: Ring, linear: Linear
+) -> tuple[tuple[tuple[int, Exponent], ...], Polynomial] | None:
+    """``scale = F * W``: the part made of moments of the source, and a factor free of them."""
+    parts: set[Monomial] = set()
+    rest: dict[Monomial, Any] = {}
+    for monomial, coefficient in linear.scale.terms.items():
+        of_source = tuple(i for i in monomial if linear.source in ring.bases[i[0]].moments)
+        parts.add(of_source)
+        rest[tuple(i for i in monomial if i not in of_source)] = coefficient
+    if len(parts) != 1:
+        return None
+    return parts.pop(), Polynomial(rest)
+
+
+def plain_roots(ring: Ring, linear: Linear) -> Linear:
+    """The same site with every ``norm`` and ``std`` as the root of a sum of squares."""
+    return replace(
+        linear, scale=ring.without_roots(linear.scale), shift=ring.without_roots(linear.shift)
+    )
+
+
+__all__ = [
+    "ONE", "Fraction", "Linear", "Meaning", "Moments", "Opaque", "factored", "linear_forms",
+    "mixes_gradients", "moments_of", "plain_roots", "positive", "reduced_axes",
+]  # fmt: skip

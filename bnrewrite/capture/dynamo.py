@@ -1,0 +1,83 @@
+"""Compile a function with Dynamo so that nothing of the user's is lost where Dynamo fails.
+
+`torch.compile` raises where Dynamo or a backend fails. Here the frame at hand runs as the user
+wrote it, once, with one warning; what ran before a graph break does not run again. An error of the
+user's own code comes out of the user's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+from bnrewrite.capture.backend import Compiler
+
+_EAGERLY = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+PATIENCE = 3  # failures on the user's operations before a function is no longer tried
+
+
+def compiled(function: Callable[..., Any], compiler: Compiler, dynamic: bool | None) -> Any:
+    """`function` under Dynamo with `compiler` as its backend."""
+    context: Any = torch._dynamo.optimize(compiler, dynamic=dynamic)
+    if hasattr(context, "callback"):  # Dynamo is not switched off
+        context.callback = Tolerant(context.callback, compiler)
+    return context(function)
+
+
+class Tolerant:
+    """Dynamo's frame converter, with failures turned into frames that are not converted.
+
+    Scalars that are read out of tensors (`float(self.num_batches_tracked)`) become graph inputs
+    instead of graph breaks; should Dynamo fail on that, they break the graph as usual.
+    """
+
+    def __init__(self, convert: Any, compiler: Compiler) -> None:
+        functools.update_wrapper(self, convert, updated=())
+        self._convert = convert
+        self._torchdynamo_orig_backend = convert  # how Dynamo finds the backend behind a callback
+        self._compiler = compiler
+        self._failures = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_convert"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
+        try:
+            with torch._dynamo.config.patch(capture_scalar_outputs=True):
+                converted: ConvertFrameReturn = self._convert(*args, **kwargs)
+            return converted
+        except Exception as first:
+            if _is_wanted(first):
+                raise
+        try:
+            with torch._dynamo.config.patch(capture_scalar_outputs=False):
+                converted = self._convert(*args, **kwargs)
+            return converted
+        except Exception as error:
+            if _is_wanted(error):
+                raise
+            return self._leave(error)
+
+    def _leave(self, error: Exception) -> ConvertFrameReturn:
+        """Run the frame as it is: for good where Dynamo fails, this time where the user's code does."""
+        self._failures += 1
+        passing = isinstance(error, torch._dynamo.exc.TorchRuntimeError)
+        if not passing or self._failures >= PATIENCE:
+            self._compiler.warn(f"Dynamo fails on it: {type(error).__name__}: {_first_line(error)}")
+            return ConvertFrameReturn()
+        return ConvertFrameReturn(frame_exec_strategy=_EAGERLY, apply_to_code=False)
+
+
+def _is_wanted(error: Exception) -> bool:
+    """Errors by which Dynamo steers itself, and those that the user has asked for."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"ResumePrologueTracingError", "FailOnRecompileLimitHit", "RecompileError"})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

@@ -1,0 +1,72 @@
+"""The stage after: what runs a graph once it has been rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from bnrewrite.options import Stage
+
+Run = Callable[..., Any]
+
+
+def resolve(backend: str, example_inputs: Sequence[Any]) -> str:
+    """The backend that "auto" stands for: Inductor on a GPU, eager on a CPU."""
+    if backend != "auto":
+        return backend
+    devices = {each.device.type for each in example_inputs if isinstance(each, torch.Tensor)}
+    return "inductor" if devices - {"cpu", "meta"} else "eager"
+
+
+def stage_of(backend: str) -> Stage:
+    """What the passes need to know of a backend: whether it fuses by itself."""
+    return "inductor" if backend == "inductor" else "eager"
+
+
+def run_by(
+    backend: str, module: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None = None
+) -> Run:
+    """Compile a graph by the stage after.
+
+    Args:
+        backend: "eager", "inductor", or a name that `torch.compiler.list_backends` knows.
+        mode: Inductor's, as in `torch.compile`.
+    """
+    if backend == "eager":
+        return module.forward
+    if backend == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else None
+        run: Run = compile_fx(module, list(example_inputs), config_patches=patches)
+        return run
+    run = torch._dynamo.lookup_backend(backend)(module, list(example_inputs))
+    return run
+
+
+def without_autocast(run: Run) -> Run:
+    """Run a graph in which the casts of autocast are explicit nodes already.
+
+    A rewritten graph has ops that autocast would treat in its own way once more.
+    """
+    kinds = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
+    if not kinds:
+        return run
+
+    def explicit(*args: Any) -> Any:
+        before = [torch.is_autocast_enabled(kind) for kind in kinds]
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, False)
+        try:
+            return run(*args)
+        finally:
+            for kind, enabled in zip(kinds, before, strict=True):
+                torch.set_autocast_enabled(kind, enabled)
+
+    return explicit
+
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")

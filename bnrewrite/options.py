@@ -1,0 +1,46 @@
+"""What a user can switch, as plain data: it is copied and pickled with the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+KINDS = (
+    "batch_norm",
+    "layer_norm",
+    "rms_norm",
+    "instance_norm",
+    "group_norm",
+    "lp_normalize",
+    "weight_standardization",
+    "affine",
+    "general",
+)
+KERNELS = ("auto", "none")
+
+Stage = Literal["eager", "inductor", "export"]
+
+
+class BnrewriteWarning(UserWarning):
+    """Something runs as the user wrote it, where it could have been rewritten; the text says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a canonical graph is rewritten.
+
+    Attributes:
+        strict: leave alone every site whose rewriting is more accurate than its source.
+        disable: names of passes and kinds of norm that are switched off.
+        only: kinds of norm or site numbers that are rewritten, None for all.
+        kernels: "auto" for the fastest lowering that is available, "none" for native and
+            composite lowerings alone.
+        stage: what runs the rewritten graph.
+    """
+
+    strict: bool = False
+    disable: frozenset[str] = frozenset()
+    only: frozenset[str | int] | None = None
+    kernels: str = "auto"
+    stage: Stage = "eager"

@@ -1,0 +1,91 @@
+"""A report as one HTML page: light, self-contained, formulas in MathML."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from .formula import formula_mathml, formula_text
+from .site import LEFT, Site
+from .table import remarks, shown_axes, shown_eps, summary
+
+if TYPE_CHECKING:
+    from .report import Report
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff;
+       max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .5rem .7rem;
+         border-bottom: 1px solid #dfe3e8; }
+th { background: #f4f6f8; font-weight: 600; }
+td.formula { font-size: 1.1rem; } td.formula ul { font-size: .9rem; margin: .4rem 0 0;
+             padding-left: 1.1rem; color: #4a5565; }
+code, pre { font: 13px/1.4 ui-monospace, monospace; }
+small { color: #5b6675; }
+.rewritten { color: #116329; font-weight: 600; } .left { color: #8a4b00; font-weight: 600; }
+.graphs { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+pre { background: #f4f6f8; padding: .7rem; overflow: auto; max-height: 40rem; }
+"""
+
+
+def report_page(report: Report) -> str:
+    """The whole page; every text of the user's is escaped."""
+    parts = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>bnrewrite report</title><style>{STYLE}</style></head><body>",
+        f"<h1>Normalisations</h1>\n<p>{escape(summary(report))}</p>",
+        _sites(report.sites),
+        _findings(report),
+        _graphs(report.graph_texts),
+        "</body></html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _sites(sites: list[Site]) -> str:
+    if not sites:
+        return ""
+    names = ("#", "kind", "where", "formula", "axes", "eps", "status")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = "\n".join(_row(number, site) for number, site in enumerate(sites))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+
+
+def _row(number: int, site: Site) -> str:
+    said = "".join(f"<li>{escape(remark)}</li>" for remark in remarks(site))
+    where = f"{escape(site.module or '(root)')}<br><code>{escape(site.source)}</code>"
+    becomes = "" if site.status == LEFT else f"<br><small>{escape(site.lowering or '')}</small>"
+    title = escape(formula_text(site.formula), quote=True)  # to copy, and where MathML is not shown
+    formula = f'<span title="{title}">{formula_mathml(site.formula)}</span>'
+    return (
+        f'<tr id="site-{number}"><td>{number}</td><td>{escape(site.kind)}</td><td>{where}</td>'
+        f'<td class="formula">{formula}{f"<ul>{said}</ul>" if said else ""}</td>'
+        f"<td>{shown_axes(site.axes)}</td><td>{shown_eps(site.eps)}</td>"
+        f'<td><span class="{site.status}">{site.status}</span>{becomes}</td></tr>'
+    )
+
+
+def _findings(report: Report) -> str:
+    if not report.findings:
+        return ""
+    rows = "\n".join(
+        f"<tr><td><code>{escape(each.code)}</code></td><td>{escape(each.message)}</td>"
+        f"<td><code>{escape(each.source)}</code></td></tr>"
+        for each in report.findings
+    )
+    head = "<tr><th>code</th><th>cause; fix</th><th>where</th></tr>"
+    table = f"<table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>"
+    return f"<h2>Findings</h2>\n{table}"
+
+
+def _graphs(texts: list[tuple[str, str]]) -> str:
+    panels = "\n".join(
+        f'<details><summary>graph {number}</summary><div class="graphs">'
+        f"<div>before<pre>{escape(before)}</pre></div>"
+        f"<div>after<pre>{escape(after)}</pre></div></div></details>"
+        for number, (before, after) in enumerate(texts)
+    )
+    return f"<h2>Graphs</h2>\n{panels}" if panels else ""

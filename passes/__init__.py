@@ -1,0 +1,45 @@
+"""The passes that turn a canonical graph into one with fast norms.
+
+Each is usable alone on a ``Rewriting``; ``PIPELINE`` is their order, with the reason for it.
+"""
+
+from __future__ import annotations
+
+if __name__ != "bnrewrite.passes":
+    raise ImportError(
+        f"imported as {__name__!r}: a second copy of the passes; import bnrewrite.passes instead"
+    )
+
+from bnrewrite.capture.canonical import Canonical
+from bnrewrite.options import Options
+from bnrewrite.report.site import Site
+
+from .cleanup import Cleanup
+from .lower import Lower
+from .plan import Plan
+from .recognise import Recognise
+from .rewriting import Pass, Rewriting
+
+PIPELINE: tuple[Pass, ...] = (
+    Recognise(),  # the algebra's verdicts; nothing changed yet
+    Plan(),  # the last decision: what each site becomes, or why it stays
+    Lower(),  # the only pass that adds nodes
+    Cleanup(),  # drops what the replaced formulas leave behind
+)
+
+
+def rewrite(canonical: Canonical, options: Options) -> tuple[Site, ...]:
+    """Run the pipeline on a canonical graph, which is changed in place.
+
+    Args:
+        canonical: the graph, with fake values in ``meta["val"]``.
+        options: what may be rewritten, and for which stage.
+
+    Returns:
+        One record per norm site, rewritten or left, in graph order.
+    """
+    rewriting = Rewriting(canonical, options)
+    for one in PIPELINE:
+        if one.name not in options.disable:
+            one.run(rewriting)
+    return rewriting.records()

@@ -1,0 +1,360 @@
+"""Turns formulas back into nodes: small tensors laid out to broadcast against a norm's input."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+
+from bnrewrite.algebra import Reading
+from bnrewrite.algebra.axes import Axis, Dims, Opaque, Size, axes_of, product, size_of
+from bnrewrite.algebra.expression import (
+    Atom,
+    Base,
+    Exponent,
+    Extent,
+    Function,
+    Monomial,
+    Number,
+    Polynomial,
+    Reduction,
+    Sum,
+    added,
+    normalised,
+)
+from bnrewrite.algebra.ring import Ring
+from bnrewrite.algebra.site import Moments
+
+aten = torch.ops.aten
+Value = fx.Node | float | int
+Reusable = dict[Any, tuple[fx.Node, Dims, Number]]
+
+
+class Unwritable(Exception):
+    """A formula that has no form in nodes here; the site stays the user's code."""
+
+
+class Emitter:
+    """Writes nodes before one node of a graph.
+
+    Args:
+        reading: the meanings of the graph.
+        before: new nodes go in front of this one and inherit its origin.
+        layout: the dimensions that emitted tensors have, those that do not vary being of size 1.
+        moments: nodes for E[x] and V of the normalised tensor, by base, where they exist.
+    """
+
+    def __init__(self, reading: Reading, before: fx.Node, layout: Dims) -> None:
+        self.reading = reading
+        self.ring = reading.ring
+        self.before = before
+        self.layout = layout
+        self.given: dict[int, Callable[[], Value]] = {}
+        self.variances: list[tuple[Moments, Callable[[], Value]]] = []
+        self.reusable: Reusable = {}
+        self._written: dict[Any, Value] = {}
+        self._symbols: dict[sympy.Expr, Value] = {}
+
+    # -- nodes ---------------------------------------------------------------------------------
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, with its fake value."""
+        graph = self.before.graph
+        with graph.inserting_before(self.before):
+            node = graph.call_function(target, args, kwargs)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self.before.meta:
+                node.meta[key] = self.before.meta[key]
+        values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        mode = detect_fake_mode(values)
+        if mode is None:
+            node.meta["val"] = target(*values, **keywords)
+        else:
+            with enable_python_dispatcher(), mode, torch.no_grad():
+                node.meta["val"] = target(*values, **keywords)
+        return node
+
+    def extent(self, size: Size) -> Value:
+        """A size as a number or a node."""
+        if isinstance(size, int):
+            return size
+        if size.is_Integer:
+            return int(size)
+        if size in self._symbols:
+            return self._symbols[size]
+        if size.is_Mul or size.is_Add:
+            combine = operator.mul if size.is_Mul else operator.add
+            first, *others = (self.extent(a) for a in size.args)
+            for other in others:
+                first = self.call(combine, first, other)
+            self._symbols[size] = first
+            return first
+        raise Unwritable(f"the size {size} cannot be read from the norm's input")
+
+    def sizes_of(self, node: fx.Node) -> None:
+        """Learn the symbolic sizes of a tensor."""
+        for dim, extent in enumerate(node.meta["val"].shape):
+            if isinstance(extent, torch.SymInt) and not extent.node.expr.is_number:
+                expression = extent.node.expr
+                if expression not in self._symbols:
+                    self._symbols[expression] = self.call(aten.sym_size.int, node, dim)
+
+    def reshape(self, node: fx.Node, shape: list[Size]) -> fx.Node:
+        """``reshape``, left out where the shape is that already."""
+        current = [_size(s) for s in node.meta["val"].shape]
+        if current == shape:
+            return node
+        symbolic = [s for s in shape if not isinstance(s, int)]
+        if len(symbolic) == 1:
+            arguments: list[Any] = [s if isinstance(s, int) else -1 for s in shape]
+        else:
+            arguments = [self.extent(s) for s in shape]
+        return self.call(aten.reshape.default, node, arguments)
+
+    def place(self, node: fx.Node, index: Dims, layout: Dims | None = None) -> fx.Node:
+        """A tensor whose dimensions run along ``index``, laid out along ``layout``."""
+        layout = self.layout if layout is None else layout
+        tokens = axes_of(index)
+        present = [dim for dim in layout if set(dim) & set(tokens)]
+        wanted = [axis for dim in present for axis in dim]
+        if set(wanted) != set(tokens):
+            raise Unwritable("a tensor varies along a part of a dimension")
+        shape: list[Size] = [
+            product(a.size for a in dim) if dim in present else 1 for dim in layout
+        ]
+        if wanted != tokens:
+            split: list[Size] = [a.size for a in tokens]
+            node = self.reshape(node, split)
+            node = self.call(aten.permute.default, node, [tokens.index(a) for a in wanted])
+        return self.reshape(node, shape)
+
+    # -- formulas ------------------------------------------------------------------------------
+
+    def tensor(self, polynomial: Polynomial) -> Value:
+        """A polynomial as a number or a node in the layout."""
+        constant = polynomial.constant
+        if constant is not None:
+            return _plain(constant)
+        key = polynomial.key
+        if key not in self._written:
+            self._written[key] = self.reused(polynomial) or self._sum(polynomial)
+        return self._written[key]
+
+    def reused(self, polynomial: Polynomial) -> Value | None:
+        """A node of the user's with this meaning, up to a number."""
+        if self.given and not _is_root(self.ring, polynomial) and self._has_mean(polynomial):
+            return None
+        unit, lead = normalised(polynomial)
+        entry = self.reusable.get(unit.key)
+        if entry is None:
+            return None
+        node, dims, coefficient = entry
+        try:
+            placed = self.place(node, dims)
+        except Unwritable:
+            return None
+        ratio = lead / coefficient
+        return placed if abs(float(ratio) - 1) < 1e-14 else self.times(placed, ratio)
+
+    def _has_mean(self, polynomial: Polynomial) -> bool:
+        """Whether E[x] is inside: then V is too, and ``var_mean`` gives both in one go."""
+        todo, seen = list(polynomial.bases()), set()
+        means = [next(iter(m.mean.bases())) for m, _ in self.variances]
+        while todo:
+            base_id = todo.pop()
+            if base_id in means:
+                return True
+            seen.add(base_id)
+            base = self.ring.bases[base_id]
+            if isinstance(base, Sum):
+                todo += base.polynomial.bases() - seen
+            elif isinstance(base, Function):
+                todo += {b for a in base.arguments for b in a.bases()} - seen
+        return False
+
+    def _sum(self, polynomial: Polynomial) -> Value:
+        for moments, variance in self.variances:
+            ((square, _),) = moments.square.terms.items()
+            lead = polynomial.terms.get(square)
+            if lead is not None:
+                rest = added(polynomial, moments.variance(self.ring), -lead)
+                if square not in rest.terms and len(rest.terms) < len(polynomial.terms):
+                    return self.plus(self.times(variance(), lead), self.tensor(rest))
+        total: Value = 0
+        positive_first = sorted(polynomial.terms.items(), key=lambda item: item[1] < 0)
+        for monomial, coefficient in positive_first:
+            term = self._product(monomial)
+            if coefficient < 0 and isinstance(total, fx.Node):
+                total = self.call(aten.sub.Tensor, total, self.times(term, -coefficient))
+            else:
+                total = self.plus(total, self.times(term, coefficient))
+        return total
+
+    def _product(self, monomial: Monomial) -> Value:
+        result: Value = 1
+        for base, exponent in sorted(monomial, key=lambda item: item[1] < 0):
+            result = self.multiply_power(result, base, exponent)
+        return result
+
+    def multiply_power(self, left: Value, base: int, exponent: Exponent) -> Value:
+        """left * base ** exponent, as a division where that is one operation."""
+        node = self.base(self.ring.bases[base])
+        if exponent == -1:
+            return self.over(left, node)
+        return self.times(left, self.power(node, exponent))
+
+    def power(self, node: Value, exponent: Exponent) -> Value:
+        """node ** exponent by the cheapest operation."""
+        key = (node, exponent)
+        if key not in self._written:
+            self._written[key] = self._power(node, exponent)
+        return self._written[key]
+
+    def _power(self, node: Value, exponent: Exponent) -> Value:
+        if exponent == 1:
+            return node
+        if not isinstance(node, fx.Node) or not isinstance(node.meta["val"], torch.Tensor):
+            return _scalar(self, operator.pow, node, _plain(exponent))
+        named = {
+            Fraction(1, 2): aten.sqrt.default,
+            Fraction(-1, 2): aten.rsqrt.default,
+            -1: aten.reciprocal.default,
+        }
+        if exponent in named:
+            return self.call(named[exponent], node)
+        return self.call(aten.pow.Tensor_Scalar, node, _plain(exponent))
+
+    def times(self, left: Value, right: Value | Number) -> Value:
+        """left * right."""
+        right = _plain(right) if isinstance(right, Fraction) else right
+        if not isinstance(left, fx.Node) and left == 1:
+            return right
+        if not isinstance(right, fx.Node) and right == 1:
+            return left
+        if not isinstance(right, fx.Node) and right == -1 and _is_tensor(left):
+            return self.call(aten.neg.default, left)
+        return self._binary(aten.mul.Tensor, operator.mul, left, right)
+
+    def plus(self, left: Value, right: Value) -> Value:
+        """left + right."""
+        if not isinstance(left, fx.Node) and left == 0:
+            return right
+        if not isinstance(right, fx.Node) and right == 0:
+            return left
+        return self._binary(aten.add.Tensor, operator.add, left, right)
+
+    def over(self, left: Value, right: Value) -> Value:
+        """left / right."""
+        if _is_tensor(right) and not _is_tensor(left):
+            return self.times(self.call(aten.reciprocal.default, right), left)
+        return self._binary(aten.div.Tensor, operator.truediv, left, right)
+
+    def _binary(self, target: Any, plain: Any, left: Value, right: Value) -> Value:
+        if not _is_tensor(left) and not _is_tensor(right):
+            return _scalar(self, plain, left, right)
+        if not _is_tensor(left):
+            left, right = right, left
+        return self.call(target, left, right)
+
+    def base(self, base: Base) -> Value:
+        """One base as a node in the layout."""
+        if base.id in self.given:
+            return self.given[base.id]()
+        single = Polynomial({((base.id, 1),): 1})
+        key = single.key
+        if key not in self._written:
+            self._written[key] = self.reused(single) or self._base(base)
+        return self._written[key]
+
+    def _base(self, base: Base) -> Value:
+        if isinstance(base, Extent):
+            return self.extent(base.size)
+        if isinstance(base, Sum):
+            return self.tensor(base.polynomial)
+        if isinstance(base, Function):
+            return self._function(base)
+        if isinstance(base, Reduction):
+            return self._reduction(base)
+        assert isinstance(base, Atom) and isinstance(base.source, fx.Node)
+        if not isinstance(base.source.meta.get("val"), torch.Tensor):
+            return base.source
+        node = self.call(aten.detach.default, base.source) if base.stopped else base.source
+        return self.place(node, base.index)
+
+    def _function(self, base: Function) -> Value:
+        if base.name == "root":
+            raise Unwritable("a standard deviation whose gradient is zero at zero")
+        arguments = [self.tensor(a) for a in base.arguments]
+        if base.name in ("maximum", "minimum"):
+            low = base.name == "maximum"
+            arguments.sort(key=lambda a: not _is_tensor(a))
+            if not _is_tensor(arguments[1]):
+                clamp = aten.clamp_min.default if low else aten.clamp_max.default
+                return self.call(clamp, *arguments)
+            return self.call(
+                aten.maximum.default if low else aten.minimum.default, *arguments
+            )
+        plain = {"abs": aten.abs.default, "exp": aten.exp.default}
+        return self.call(plain[base.name], *arguments)
+
+    def _reduction(self, base: Reduction) -> Value:
+        if base.kind != "mean":
+            raise Unwritable("a maximum")
+        bound = tuple((axis,) for axis in sorted(base.bound, key=lambda a: a.serial))
+        inner = Emitter(self.reading, self.before, (*self.layout, *bound))
+        inner.reusable, inner._symbols = self.reusable, self._symbols
+        value = inner.tensor(Polynomial({base.monomial: 1}))
+        assert isinstance(value, fx.Node)
+        dims = list(range(len(self.layout), len(inner.layout)))
+        return self.call(aten.mean.dim, value, dims)
+
+
+def _is_root(ring: Ring, polynomial: Polynomial) -> bool:
+    """Whether this is a number times a ``norm`` or ``std``, which only the user's node has."""
+    bases = [ring.bases[b] for b in polynomial.bases()]
+    return (
+        len(polynomial.terms) == len(bases) == 1
+        and isinstance(bases[0], Function)
+        and bases[0].name == "root"
+    )
+
+
+def split_layout(dims: Dims, axes: frozenset[Axis]) -> Dims:
+    """The layout in which every dimension that ``axes`` cuts is split into its axes."""
+    result: list[tuple[Axis, ...]] = []
+    for dim in dims:
+        inside = set(dim) & axes
+        if inside and inside != set(dim):
+            result += [(axis,) for axis in dim]
+        else:
+            result.append(dim)
+    return tuple(result)
+
+
+def _scalar(emitter: Emitter, function: Any, left: Value, right: Value) -> Value:
+    if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
+        value: Value = function(left, right)
+        return value
+    return emitter.call(function, left, right)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def _plain(value: Number) -> float | int:
+    return value if isinstance(value, int) else float(value)
+
+
+def _size(extent: int | torch.SymInt) -> Size:
+    return size_of(extent)
+
+
+__all__ = ["Emitter", "Opaque", "Reusable", "Unwritable", "split_layout"]

@@ -1,0 +1,125 @@
+"""Replaces each site by its lowering.
+
+Before:  a graph and a decision per site.
+After:   every rewritten site's node is replaced; its old formula may be dead.
+Leaves alone: sites with a refusal; a site whose lowering cannot be written gets one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from bnrewrite.algebra.axes import Opaque
+from bnrewrite.algebra.calls import is_tensor
+from bnrewrite.algebra.expression import normalised
+from bnrewrite.algebra.match import Match
+
+from .composite import write_composite
+from .emitter import Reusable, Unwritable
+from .native import layout_of, write_native
+from .rewriting import Decision, Refusal, Rewriting
+from .state import BatchState, updates_of, write_updates
+from .writing import Writing, flat
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Writes native and composite lowerings."""
+
+    name: str = "lower"
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Change the graph site by site, in graph order."""
+        statistics = _Statistics(rewriting)
+        for decision in rewriting.decisions:
+            if decision.refusal is None:
+                _lower(rewriting, decision, statistics.before(decision.match.node))
+            decision.record = rewriting.describe(decision)
+
+
+class _Statistics:
+    """The user's own small statistics, learnt in graph order: a later site may use them."""
+
+    def __init__(self, rewriting: Rewriting) -> None:
+        assert rewriting.reading is not None
+        self.reading = rewriting.reading
+        self.nodes = iter(list(rewriting.graph.nodes))
+        self.known: Reusable = {}
+
+    def before(self, site: fx.Node) -> Reusable:
+        for node in self.nodes:
+            if node is site:
+                break
+            self._learn(node)
+        return self.known
+
+    def _learn(self, node: fx.Node) -> None:
+        ring, meaning = self.reading.ring, self.reading.meanings.get(node)
+        if meaning is None or node.op != "call_function" or not is_tensor(node):
+            return
+        value = meaning.value
+        if not value.terms or value.constant is not None or not ring.moments(value):
+            return
+        if not ring.raw(value) & self.reading.anchors:
+            unit, lead = normalised(value)
+            self.known.setdefault(unit.key, (node, meaning.dims, lead))
+
+
+def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> None:
+    found = decision.match
+    assert rewriting.reading is not None
+    state = BatchState(_updates(rewriting, found))
+    try:
+        if decision.lowering == "native":
+            writing = Writing(rewriting.reading, found, statistics, layout_of(found))
+            replacement = write_native(writing, state)
+        else:
+            writing = Writing(rewriting.reading, found, statistics)
+            replacement = write_composite(writing)
+            _write_state(writing, state)
+    except (Unwritable, Opaque) as refusal:
+        decision.refusal = Refusal(str(refusal), found.node)
+        return
+    found.node.replace_all_uses_with(replacement)
+    for old, new in state.replaced.items():
+        _replace_output(rewriting.graph, old, new)
+    decision.state += [str(u.buffer.meta.get("path") or u.buffer.name) for u in state.updates]
+
+
+def _updates(rewriting: Rewriting, found: Match) -> list:  # type: ignore[type-arg]
+    assert rewriting.reading is not None
+    if not found.over or not rewriting.canonical.mutated:
+        return []
+    by_name = {n.name: n for n in rewriting.placeholders()}
+    outputs = next(n for n in reversed(rewriting.graph.nodes) if n.op == "output").args[0]
+    candidates = [
+        (by_name[name], value)
+        for name, value in zip(rewriting.canonical.mutated, outputs, strict=False)
+        if isinstance(value, fx.Node)
+    ]
+    return updates_of(rewriting.reading, found, candidates)
+
+
+def _write_state(writing: Writing, state: BatchState) -> None:
+    """Buffers beside a composite norm, from its own moments."""
+    if not state.updates:
+        return
+    found, ring = writing.match, writing.reading.ring
+    variance, mean = writing.moments()
+    dims = tuple(() if set(d) & found.over else d for d in writing.layout)
+    one = ring.count(())
+    write_updates(writing, state, {"mean": (mean, one), "variance": (variance, one)}, dims)
+
+
+def _replace_output(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """The new value of a buffer, for everything that comes after it."""
+    later = False
+    for node in list(graph.nodes):
+        if later and old in node.all_input_nodes:
+            node.replace_input_with(old, new)
+        later = later or node is new
+
+
+__all__ = ["Lower", "flat"]

@@ -1,0 +1,46 @@
+"""Decides what each site becomes: the last decision; everything before is device independent.
+
+Before:  decisions with a match.
+After:   each has a lowering or a refusal.
+Leaves alone: the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .native import has_native
+from .rewriting import Decision, Refusal, Rewriting
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Native where PyTorch has the op and needs no copy for it, else moments and a multiply-add."""
+
+    name: str = "plan"
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Fill in lowerings and refusals."""
+        for number, decision in enumerate(rewriting.decisions):
+            reason = _switched_off(rewriting, decision, number)
+            if reason is not None:
+                decision.refusal = Refusal(reason, decision.match.node)
+            else:
+                decision.lowering = _lowering(rewriting, decision)
+
+
+def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str | None:
+    options = rewriting.options
+    kind = decision.match.kind
+    if kind in options.disable:
+        return f"{kind} is switched off by disable={sorted(options.disable)}"
+    if options.only is not None and kind not in options.only and number not in options.only:
+        return f"site {number} ({kind}) is not in only={sorted(map(str, options.only))}"
+    return None
+
+
+def _lowering(rewriting: Rewriting, decision: Decision) -> str:
+    native = has_native(decision.match) and rewriting.options.stage != "inductor"
+    if rewriting.options.kernels == "composite":
+        native = False
+    return "native" if native else "composite"

@@ -1,0 +1,46 @@
+"""Finds the norm sites of a graph by algebra.
+
+Before:  a canonical graph.
+After:   the same graph; ``rewriting.decisions`` has one entry per site.
+Leaves alone: norms that are native calls already, complex and integer arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from bnrewrite.algebra import find, read
+
+from .rewriting import Decision, Rewriting
+
+
+@dataclass(frozen=True)
+class Recognise:
+    """Reads the meaning of every tensor, and picks the sites."""
+
+    name: str = "recognise"
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Fill ``rewriting.reading`` and ``rewriting.decisions``."""
+        _drop_assertions(rewriting.graph)
+        reading = read(rewriting.graph, grad_enabled=rewriting.canonical.grad_enabled)
+        rewriting.reading = reading
+        rewriting.decisions = [
+            Decision(found) for found in find(reading, rewriting.graph) if not is_native(found.node)
+        ]
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Assertions on dtypes that tracing left behind keep dead formulas alive."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def is_native(node: fx.Node) -> bool:
+    """Whether the arithmetic is the inside of ``F.normalize``, which has no ATen op of its own."""
+    functions = [entry[1] for entry in node.meta.get("source_fn_stack") or ()]
+    return torch.nn.functional.normalize in functions

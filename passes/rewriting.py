@@ -1,0 +1,99 @@
+"""The state that the passes share: a canonical graph, its reading, and a decision per site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import fx
+
+from bnrewrite.algebra import Match, Reading, formula
+from bnrewrite.capture.canonical import Canonical
+from bnrewrite.options import Options
+from bnrewrite.report.site import LEFT, REWRITTEN, Site
+
+from .origin import module_of, source_of
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a site stays the user's code: one sentence, and where."""
+
+    reason: str
+    at: fx.Node
+
+
+@dataclass
+class Decision:
+    """A recognised norm and what becomes of it.
+
+    Attributes:
+        lowering: "native" or "composite" once planned.
+        refusal: why it stays, where it stays.
+        state: paths of the buffers that are updated from the site's moments.
+    """
+
+    match: Match
+    lowering: str | None = None
+    refusal: Refusal | None = None
+    notes: list[str] = field(default_factory=list)
+    state: list[str] = field(default_factory=list)
+    record: Site | None = None
+
+
+class Rewriting:
+    """One run of the pipeline over one graph."""
+
+    def __init__(self, canonical: Canonical, options: Options) -> None:
+        self.canonical = canonical
+        self.options = options
+        self.reading: Reading | None = None
+        self.decisions: list[Decision] = []
+        for node, given in zip(self.placeholders(), canonical.inputs, strict=True):
+            node.meta["parameter"] = given.kind == "parameter"
+            node.meta["stored"] = given.kind in ("buffer", "attribute")
+            node.meta["path"] = given.path
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that is rewritten."""
+        return self.canonical.module.graph
+
+    def placeholders(self) -> list[fx.Node]:
+        """The inputs in order."""
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def records(self) -> tuple[Site, ...]:
+        """What the report says of each site."""
+        return tuple(d.record for d in self.decisions if d.record is not None)
+
+    def describe(self, decision: Decision) -> Site:
+        """The record of a decision; called before the graph is changed."""
+        assert self.reading is not None
+        found = decision.match
+        refusal = decision.refusal
+        dims = found.linear.index
+        return Site(
+            kind=found.kind,
+            status=LEFT if refusal else REWRITTEN,
+            reason=refusal.reason if refusal else None,
+            formula=formula(self.reading.ring, found),
+            axes=tuple(i for i, d in enumerate(dims) if set(d) & found.over),
+            eps=found.eps,
+            module=module_of(found.node),
+            source=source_of(found.node),
+            lowering=None if refusal else decision.lowering,
+            notes=tuple(decision.notes),
+            state=tuple(decision.state),
+        )
+
+
+class Pass(Protocol):
+    """A step of the pipeline."""
+
+    @property
+    def name(self) -> str:
+        """The name by which a user switches the pass off."""
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Change the rewriting in place."""

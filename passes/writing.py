@@ -1,0 +1,154 @@
+"""What every lowering needs: the norm's input in a layout, its moments, and the way back."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from bnrewrite.algebra import Match, Reading
+from bnrewrite.algebra.axes import Dims, Size, axes_of, product, size_of
+from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.expression import Polynomial
+
+from .emitter import Emitter, Reusable, Unwritable, Value, aten, split_layout
+
+
+class Writing:
+    """Writes the replacement of one site.
+
+    Args:
+        layout: dimensions of the input as the lowering wants them; by default the input's own,
+            split where the reduction cuts a dimension.
+    """
+
+    def __init__(
+        self, reading: Reading, match: Match, reusable: Reusable, layout: Dims | None = None
+    ) -> None:
+        self.match = match
+        self.reading = reading
+        self.layout = layout or split_layout(match.linear.index, match.over)
+        self.emitter = Emitter(reading, match.node, self.layout)
+        self.emitter.reusable = reusable
+        self.emitter.sizes_of(match.linear.source)
+        self.result_dtype = dtype_of(match.node)
+        self.dtype = compute_dtype(reading, match.node)
+        self._moments: tuple[fx.Node, fx.Node] | None = None
+        self._square: fx.Node | None = None
+        self._input: fx.Node | None = None
+        if match.over:
+            ((mean, _),) = match.moments.mean.terms.items()
+            ((square, _),) = match.moments.square.terms.items()
+            self.emitter.given[mean[0][0]] = lambda: self.moments()[1]
+            self.emitter.given[square[0][0]] = self.square
+            self.emitter.variances.append((match.moments, lambda: self.moments()[0]))
+
+    @property
+    def reduced(self) -> list[int]:
+        """The dimensions of the layout that are reduced."""
+        return [i for i, dim in enumerate(self.layout) if set(dim) & self.match.over]
+
+    def input(self) -> fx.Node:
+        """The normalised tensor in the layout and in the dtype that the user computes in."""
+        if self._input is None:
+            node = self.match.linear.source
+            self._input = self.emitter.place(self.cast(node, self.dtype), self.match.linear.index)
+        return self._input
+
+    def moments(self) -> tuple[fx.Node, fx.Node]:
+        """V and E[x] in the layout."""
+        if self._moments is None:
+            both = self.emitter.call(
+                aten.var_mean.correction, self.input(), self.reduced, correction=0, keepdim=True
+            )
+            first, second = (self.emitter.call(operator.getitem, both, i) for i in range(2))
+            self._moments = first, second
+        return self._moments
+
+    def square(self) -> fx.Node:
+        """E[x^2] in the layout."""
+        if self._square is None:
+            x = self.input()
+            squares = self.emitter.call(aten.mul.Tensor, x, x)
+            self._square = self.emitter.call(aten.mean.dim, squares, self.reduced, True)
+        return self._square
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """A node in a dtype."""
+        if dtype_of(node) == dtype:
+            return node
+        return self.emitter.call(aten.to.dtype, node, dtype)
+
+    def along(self, dims: Dims) -> Emitter:
+        """An emitter for tensors that run along some of the axes only."""
+        emitter = Emitter(self.reading, self.match.node, dims)
+        emitter._symbols = self.emitter._symbols
+        return emitter
+
+    def vector(self, value: Polynomial, dims: Dims, neutral: int, dtype: torch.dtype) -> Any:
+        """A weight or bias of exactly the shape of ``dims``; None where it is neutral."""
+        if value.constant == neutral:
+            return None
+        shape: list[Size] = [product(a.size for a in dim) for dim in dims]
+        emitter = self.along(dims)
+        written = emitter.tensor(value)
+        extents = [emitter.extent(s) for s in shape]
+        if not isinstance(written, fx.Node):
+            device = self.match.linear.source.meta["val"].device
+            return emitter.call(aten.full.default, extents, written, dtype=dtype, device=device)
+        if [size_of(s) for s in written.meta["val"].shape] != shape:
+            written = emitter.call(aten.expand.default, written, extents)
+        return self.cast(written, dtype)
+
+    def finish(self, value: Value, dims: Dims | None = None) -> fx.Node:
+        """The replacement of the site's node: its shape, dtype, strides and gradient."""
+        if not isinstance(value, fx.Node):
+            raise Unwritable("a norm that is a constant")
+        linear = self.match.linear
+        node = self.emitter.place(value, dims or self.layout, linear.dims)
+        node = self.cast(node, self.result_dtype)
+        node = self._with_strides(node)
+        if linear.detached:
+            node = self.emitter.call(aten.detach.default, node)
+        before, after = self.match.node.meta["val"], node.meta["val"]
+        shapes = [[size_of(s) for s in v.shape] for v in (before, after)]
+        if shapes[0] != shapes[1] or before.dtype != after.dtype or before.device != after.device:
+            raise Unwritable(
+                f"the replacement is {after.dtype} {shapes[1]}, the original "
+                f"{before.dtype} {shapes[0]}"
+            )
+        return node
+
+    def _with_strides(self, node: fx.Node) -> fx.Node:
+        wanted, found = self.match.node.meta["val"], node.meta["val"]
+        if _strides(wanted) == _strides(found):
+            return node
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            if memory_format is torch.channels_last and wanted.dim() != 4:
+                continue
+            if wanted.is_contiguous(memory_format=memory_format):
+                return self.emitter.call(
+                    aten.contiguous.default, node, memory_format=memory_format
+                )
+        return node
+
+
+def compute_dtype(reading: Reading, node: fx.Node) -> torch.dtype:
+    """The dtype that the user computes a site in: before the cast, where the site ends in one."""
+    if node in reading.sealed and node.target in (aten.to.dtype, aten._to_copy.default):
+        (source, *_) = node.all_input_nodes
+        return dtype_of(source)
+    return dtype_of(node)
+
+
+def _strides(value: torch.Tensor) -> list[Size]:
+    return [size_of(st) for st, s in zip(value.stride(), value.shape, strict=True) if s != 1]
+
+
+
+
+def flat(dims: Dims) -> Dims:
+    """All axes in one dimension."""
+    return (tuple(axes_of(dims)),)

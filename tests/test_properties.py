@@ -1,0 +1,77 @@
+"""Random sentences of the grammar: equal spellings end alike, wrong words never do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from contract import contract_violations
+from golden import graph_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spellings import random_input
+from spellings.grammar import (
+    AFFINES,
+    FRAMES,
+    MEANS,
+    NORMS,
+    QUOTIENTS,
+    VARIANCES,
+    WRONG_WORDS,
+    Norm,
+    Sentence,
+)
+from torch import Tensor, fx, nn
+
+from bnrewrite import explain
+
+EXAMPLES = 30
+
+sentences = st.builds(
+    Sentence,
+    norm=st.sampled_from(NORMS),
+    mean=st.sampled_from(sorted(MEANS)),
+    variance=st.sampled_from(sorted(VARIANCES)),
+    quotient=st.sampled_from(sorted(QUOTIENTS)),
+    affine=st.sampled_from(sorted(AFFINES)),
+    frame=st.sampled_from(FRAMES),
+)
+
+
+def batches(norm: Norm, count: int = 3) -> list[Tensor]:
+    source = torch.Generator().manual_seed(23)
+    return [random_input(norm.shape, source) for _ in range(count)]
+
+
+def check(sentence: Sentence) -> str:
+    """Asserts the contract; returns the text of the rewritten graph."""
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def stage(module: fx.GraphModule, inputs: Any) -> fx.GraphModule:
+        graphs.append(graph_text(module))
+        return module
+
+    def compiled(model: nn.Module) -> Any:
+        return torch.compile(model, backend="bnrewrite", options={"backend": stage})
+
+    assert contract_violations(sentence.build(), compiled, batches(sentence.norm)) == []
+    return graphs[0]
+
+
+@settings(max_examples=EXAMPLES)
+@given(sentence=sentences)
+def test_every_sentence_of_a_norm_ends_in_one_graph(sentence: Sentence) -> None:
+    text = check(sentence)
+    (site,) = explain(sentence.build(), batches(sentence.norm)[0]).sites
+    assert (site.kind, site.status) == (sentence.norm.kind, "rewritten")
+    assert text == check(Sentence(sentence.norm))
+
+
+@settings(max_examples=EXAMPLES)
+@given(sentence=sentences, wrong=st.sampled_from(WRONG_WORDS))
+def test_a_wrong_word_is_refused_or_reproduced(sentence: Sentence, wrong: tuple[str, str]) -> None:
+    part, word = wrong
+    changed: Sentence = replace(sentence, **{part: word})  # type: ignore[arg-type]
+    assert check(changed) != check(Sentence(sentence.norm))
