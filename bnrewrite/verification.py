@@ -55,8 +55,8 @@ def verify(
 
     Raises:
         TypeError: a model is not callable.
-        ValueError: fewer than one step, one object given twice, or models whose weights or modes
-            differ from the start.
+        ValueError: fewer than one step, one object given twice, models whose weights or modes
+            differ from the start, or one compiled in a way that copies forget.
         RuntimeError: the user's code runs, but not in float64.
     """
     _check_arguments(original, optimized, steps)
@@ -84,6 +84,7 @@ class _Models:
     ) -> None:
         self._user = Trial(original, modes=(_eagerly,))
         self._optimised = Trial(optimized)
+        _check_stays_compiled(optimized, self._optimised.module)
         self._exact = Trial(original, wide=True, modes=(_eagerly, partial(Widen, drawn)))
         self._jittered = [
             Trial(original, modes=(_eagerly, partial(Jitter, seed))) for seed in range(JITTERS)
@@ -159,6 +160,23 @@ def _check_same_start(original: object, optimized: object) -> dict[str, Tensor]:
                     f"{not module.training} in optimized; put both in the same mode"
                 )
     return {plain_name(name): each.detach() for name, each in original.named_parameters()}
+
+
+def _check_stays_compiled(optimized: object, copied: nn.Module | None) -> None:
+    """A copy must run what the model runs; ``nn.Module.compile`` does not survive copying."""
+    if not isinstance(optimized, nn.Module) or copied is None:
+        return
+    copies = dict(copied.named_modules())
+    for name, module in optimized.named_modules():
+        if _is_compiled(module) and not _is_compiled(copies[name]):
+            raise ValueError(
+                f"module {name or '(root)'} of optimized was compiled in place, which a copy "
+                "forgets; pass torch.compile(module, ...) or bnrewrite.optimize(module)"
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _compare_keys(original: object, optimized: object, yardstick: Yardstick) -> None:

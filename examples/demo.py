@@ -144,7 +144,7 @@ def _comparison(outcomes: dict[str, Outcome]) -> Table:
     table.add_row("relative to native", *(f"{o.over_native:.2f}" for o in shown))
     table.add_row("first step (with capture)", *(f"{o.first_step:.2f} s" for o in shown))
     table.add_row("saved for backward", *(f"{o.saved / 2**20:.1f} MiB" for o in shown))
-    table.add_row("accuracy, 360 unseen digits", *(f"{o.accuracy:.1%}" for o in shown))
+    table.add_row("accuracy on unseen digits", *(f"{o.accuracy:.1%}" for o in shown))
     table.add_row("mean |running_mean|: 0 before", *(f"{o.running_mean:.6f}" for o in shown))
     table.add_row("mean running_var: 1 before", *(f"{o.running_var:.6f}" for o in shown))
     table.add_row("buffers: the same objects", *("yes" if o.same_buffers else "no" for o in shown))

@@ -64,8 +64,8 @@ def train_alone(net: nn.Module, digits: Digits, epochs: int) -> None:
 @torch.no_grad()
 def accuracy(net: nn.Module, digits: Digits) -> float:
     """The share of unseen images that the net names correctly, with its running statistics."""
-    predicted = net(digits.test_images, TESTING).argmax(1)
-    return float((predicted == digits.test_labels).float().mean())
+    predicted = [net(images, TESTING).argmax(1) for images in digits.test_images.split(BATCH)]
+    return float((torch.cat(predicted) == digits.test_labels).float().mean())
 
 
 def autograd_nodes(tensor: Tensor) -> int:

@@ -23,19 +23,16 @@ def write_composite(writing: Writing) -> fx.Node:
     """
     found, ring = writing.match, writing.reading.ring
     linear = found.linear
-    small = ring.axes(linear.scale) | ring.axes(linear.shift) < linear.axes
+    everything = linear.axes
+    small = ring.axes(linear.scale) < everything and ring.axes(linear.shift) < everything
     divided = _divided(writing)
     if divided is not None:
         return writing.finish(_affine(writing, divided, _unit(found.weight), found.bias))
-    if small and ring.axes(linear.scale) < linear.axes:
+    if small:
         return writing.finish(_affine(writing, writing.input(), linear.scale, linear.shift))
     if not found.part:
         raise Unwritable("its coefficients are as large as the tensor")
-    part = Polynomial({found.part: 1})
-    shift = Polynomial({})
-    if found.centred:
-        shift = scaled(ring.multiply(part, found.moments.mean), -1)
-    value = _affine(writing, writing.input(), part, shift)
+    value = _affine(writing, writing.input(), Polynomial({found.part: 1}), found.inner)
     return writing.finish(_affine(writing, value, found.weight, found.bias))
 
 
@@ -63,4 +60,3 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
     if isinstance(factor, fx.Node) and isinstance(offset, fx.Node) and isinstance(x, fx.Node):
         return emitter.call(aten.addcmul.default, offset, x, factor)
     return emitter.plus(emitter.times(x, factor), offset)
-

@@ -199,6 +199,11 @@ class Emitter:
 
     def _product(self, monomial: Monomial) -> Value:
         result: Value = 1
+        statistics = tuple(i for i in monomial if self.ring.bases[i[0]].moments)
+        if len(statistics) > 1:
+            known = self.reused(Polynomial({statistics: 1}))
+            if known is not None:
+                result, monomial = known, tuple(i for i in monomial if i not in statistics)
         for base, exponent in sorted(monomial, key=lambda item: item[1] < 0):
             result = self.multiply_power(result, base, exponent)
         return result
@@ -298,10 +303,8 @@ class Emitter:
             if not _is_tensor(arguments[1]):
                 clamp = aten.clamp_min.default if low else aten.clamp_max.default
                 return self.call(clamp, *arguments)
-            return self.call(
-                aten.maximum.default if low else aten.minimum.default, *arguments
-            )
-        plain = {"abs": aten.abs.default, "exp": aten.exp.default}
+            return self.call(aten.maximum.default if low else aten.minimum.default, *arguments)
+        plain = {"abs": aten.abs.default, "exp": aten.exp.default, "log": aten.log.default}
         return self.call(plain[base.name], *arguments)
 
     def _reduction(self, base: Reduction) -> Value:

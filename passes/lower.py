@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from bnrewrite.algebra.axes import Opaque
+from bnrewrite.algebra import Reading
+from bnrewrite.algebra.axes import Opaque, axes_of
 from bnrewrite.algebra.calls import is_tensor
 from bnrewrite.algebra.expression import normalised
 from bnrewrite.algebra.match import Match
@@ -76,9 +77,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> No
             writing = Writing(rewriting.reading, found, statistics, layout_of(found))
             replacement = write_native(writing, state)
         else:
-            writing = Writing(rewriting.reading, found, statistics)
-            replacement = write_composite(writing)
-            _write_state(writing, state)
+            replacement = _composite(rewriting.reading, found, statistics, state)
     except (Unwritable, Opaque) as refusal:
         decision.refusal = Refusal(str(refusal), found.node)
         return
@@ -86,6 +85,22 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> No
     for old, new in state.replaced.items():
         _replace_output(rewriting.graph, old, new)
     decision.state += [str(u.buffer.meta.get("path") or u.buffer.name) for u in state.updates]
+
+
+def _composite(
+    reading: Reading, found: Match, statistics: Reusable, state: BatchState
+) -> fx.Node:
+    """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
+    split = tuple((axis,) for axis in axes_of(found.linear.index))
+    for layout in (None, split):
+        writing = Writing(reading, found, statistics, layout)
+        try:
+            replacement = write_composite(writing)
+            _write_state(writing, state)
+            return replacement
+        except Unwritable as refusal:
+            reason = refusal
+    raise reason
 
 
 def _updates(rewriting: Rewriting, found: Match) -> list:  # type: ignore[type-arg]

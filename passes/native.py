@@ -107,7 +107,16 @@ def _batch(writing: Writing, state: BatchState) -> fx.Node:
     x, weight, bias = _inputs(writing, channels)
     mean, variance, momentum = state.before(writing, channels)
     y = writing.emitter.call(
-        aten.batch_norm.default, x, weight, bias, mean, variance, True, momentum, _eps(writing), True
+        aten.batch_norm.default,
+        x,
+        weight,
+        bias,
+        mean,
+        variance,
+        True,
+        momentum,
+        _eps(writing),
+        True,
     )
     state.after(writing, channels, mean, variance)
     return writing.finish(y)
@@ -141,7 +150,9 @@ def _rms(writing: Writing, state: BatchState) -> fx.Node:
     )
     emitter = writing.emitter
     factor = Polynomial({(): 1}) if inside else found.weight
-    return writing.finish(emitter.plus(emitter.times(y, emitter.tensor(factor)), emitter.tensor(found.bias)))
+    return writing.finish(
+        emitter.plus(emitter.times(y, emitter.tensor(factor)), emitter.tensor(found.bias))
+    )
 
 
 _WRITERS: dict[str, Callable[[Writing, BatchState], fx.Node]] = {

@@ -36,6 +36,8 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
         return f"{kind} is switched off by disable={sorted(options.disable)}"
     if options.only is not None and kind not in options.only and number not in options.only:
         return f"site {number} ({kind}) is not in only={sorted(map(str, options.only))}"
+    if options.strict and decision.notes:
+        return f"strict=True leaves a site whose replacement is {decision.notes[0]}"
     return None
 
 

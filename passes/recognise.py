@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bnrewrite.algebra import find, read
+from bnrewrite.algebra import find, read, remarks
 
 from .rewriting import Decision, Rewriting
 
@@ -29,7 +29,9 @@ class Recognise:
         reading = read(rewriting.graph, grad_enabled=rewriting.canonical.grad_enabled)
         rewriting.reading = reading
         rewriting.decisions = [
-            Decision(found) for found in find(reading, rewriting.graph) if not is_native(found.node)
+            Decision(found, notes=remarks(reading, found))
+            for found in find(reading, rewriting.graph)
+            if not is_native(found.node)
         ]
 
 

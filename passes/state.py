@@ -140,9 +140,7 @@ def updates_of(
     return updates
 
 
-def _in_site_axes(
-    reading: Reading, found: Match, buffer: fx.Node, node: fx.Node
-) -> Update | None:
+def _in_site_axes(reading: Reading, found: Match, buffer: fx.Node, node: fx.Node) -> Update | None:
     """A buffer's formula with its axes renamed to the site's kept axes, in order."""
     meaning = reading.formula(node)
     assert meaning is not None
@@ -254,8 +252,7 @@ def _close(left: Polynomial, right: Polynomial) -> bool:
     if left.terms.keys() != right.terms.keys():
         return False
     return all(
-        math.isclose(float(left.terms[m]), float(right.terms[m]), rel_tol=1e-12)
-        for m in left.terms
+        math.isclose(float(left.terms[m]), float(right.terms[m]), rel_tol=1e-12) for m in left.terms
     )
 
 

@@ -12,6 +12,7 @@ from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.axes import Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.calls import dtype_of
 from bnrewrite.algebra.expression import Polynomial
+from bnrewrite.algebra.site import Moments
 
 from .emitter import Emitter, Reusable, Unwritable, Value, aten, split_layout
 
@@ -35,15 +36,23 @@ class Writing:
         self.emitter.sizes_of(match.linear.source)
         self.result_dtype = dtype_of(match.node)
         self.dtype = compute_dtype(reading, match.node)
-        self._moments: tuple[fx.Node, fx.Node] | None = None
-        self._square: fx.Node | None = None
+        self._moments: dict[bool, tuple[fx.Node, fx.Node]] = {}
+        self._square: dict[bool, fx.Node] = {}
         self._input: fx.Node | None = None
         if match.over:
-            ((mean, _),) = match.moments.mean.terms.items()
-            ((square, _),) = match.moments.square.terms.items()
-            self.emitter.given[mean[0][0]] = lambda: self.moments()[1]
-            self.emitter.given[square[0][0]] = self.square
-            self.emitter.variances.append((match.moments, lambda: self.moments()[0]))
+            self._give(match.moments, stopped=False)
+            stop = reading.ring.stop
+            stopped = Moments(stop(match.moments.mean), stop(match.moments.square))
+            if stopped != match.moments:
+                self._give(stopped, stopped=True)
+
+    def _give(self, moments: Moments, *, stopped: bool) -> None:
+        """Let the emitter write these moments from one ``var_mean``."""
+        ((mean, _),) = moments.mean.terms.items()
+        ((square, _),) = moments.square.terms.items()
+        self.emitter.given[mean[0][0]] = lambda: self.moments(stopped)[1]
+        self.emitter.given[square[0][0]] = lambda: self.square(stopped)
+        self.emitter.variances.append((moments, lambda: self.moments(stopped)[0]))
 
     @property
     def reduced(self) -> list[int]:
@@ -57,23 +66,28 @@ class Writing:
             self._input = self.emitter.place(self.cast(node, self.dtype), self.match.linear.index)
         return self._input
 
-    def moments(self) -> tuple[fx.Node, fx.Node]:
-        """V and E[x] in the layout."""
-        if self._moments is None:
+    def moments(self, stopped: bool = False) -> tuple[fx.Node, fx.Node]:
+        """V and E[x] in the layout; ``stopped``: without a gradient."""
+        if stopped not in self._moments:
+            x = self._read(stopped)
             both = self.emitter.call(
-                aten.var_mean.correction, self.input(), self.reduced, correction=0, keepdim=True
+                aten.var_mean.correction, x, self.reduced, correction=0, keepdim=True
             )
             first, second = (self.emitter.call(operator.getitem, both, i) for i in range(2))
-            self._moments = first, second
-        return self._moments
+            self._moments[stopped] = first, second
+        return self._moments[stopped]
 
-    def square(self) -> fx.Node:
+    def square(self, stopped: bool = False) -> fx.Node:
         """E[x^2] in the layout."""
-        if self._square is None:
-            x = self.input()
+        if stopped not in self._square:
+            x = self._read(stopped)
             squares = self.emitter.call(aten.mul.Tensor, x, x)
-            self._square = self.emitter.call(aten.mean.dim, squares, self.reduced, True)
-        return self._square
+            self._square[stopped] = self.emitter.call(aten.mean.dim, squares, self.reduced, True)
+        return self._square[stopped]
+
+    def _read(self, stopped: bool) -> fx.Node:
+        x = self.input()
+        return self.emitter.call(aten.detach.default, x) if stopped else x
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """A node in a dtype."""
@@ -129,9 +143,7 @@ class Writing:
             if memory_format is torch.channels_last and wanted.dim() != 4:
                 continue
             if wanted.is_contiguous(memory_format=memory_format):
-                return self.emitter.call(
-                    aten.contiguous.default, node, memory_format=memory_format
-                )
+                return self.emitter.call(aten.contiguous.default, node, memory_format=memory_format)
         return node
 
 
@@ -145,8 +157,6 @@ def compute_dtype(reading: Reading, node: fx.Node) -> torch.dtype:
 
 def _strides(value: torch.Tensor) -> list[Size]:
     return [size_of(st) for st, s in zip(value.stride(), value.shape, strict=True) if s != 1]
-
-
 
 
 def flat(dims: Dims) -> Dims:

@@ -7,11 +7,12 @@ renames elements without computing is left out: that is where spellings of one f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import fx
 
 GOLDEN = Path(__file__).parent / "spellings" / "golden.txt"
@@ -21,29 +22,40 @@ VIEWS = """
     lift_fresh_copy type_as
 """
 TRANSPARENT = frozenset(VIEWS.split())
+COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 
 
 def graph_text(module: fx.GraphModule) -> str:
     """One line per operator that computes; operands by the user's names or by line number."""
     names: dict[fx.Node, str] = {}
     lines: list[str] = []
+    updates: list[str] = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             names[node] = input_name(str(node.target))
         elif node.op == "get_attr":
             names[node] = "constant"
         elif node.op == "output":
-            lines.append(f"return {operand(node.args[0], names)}")
+            returned = [operand(each, names) for each in flat(node.args[0])]
+            inputs = [input_name(str(each.target)) for each in names if each.op == "placeholder"]
+            computed = [each for each in returned if each not in inputs]
+            lines += [*sorted(updates), f"return {', '.join(computed)}"]
         elif node.op == "call_function" and node.target is not torch._C._set_grad_enabled:
             name = operator_name(node.target)
             if name in TRANSPARENT:
                 names[node] = names[node.all_input_nodes[0]]
+            elif name == "copy_":
+                updates.append(f"{operand(node.args[0], names)} := {operand(node.args[1], names)}")
             elif name == "getitem":
                 names[node] = f"{operand(node.args[0], names)}[{node.args[1]}]"
             else:
                 names[node] = f"%{len(lines) + 1}"
                 lines.append(f"{names[node]} = {name}({', '.join(arguments(node, names))})")
     return "\n".join(lines)
+
+
+def flat(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
 
 def operator_name(target: Any) -> str:
@@ -60,8 +72,8 @@ def input_name(target: str) -> str:
 
 
 def arguments(node: fx.Node, names: dict[fx.Node, str]) -> Iterator[str]:
-    for argument in node.args:
-        yield operand(argument, names)
+    given = [operand(argument, names) for argument in node.args]
+    yield from sorted(given) if operator_name(node.target) in COMMUTATIVE else given
     for key, argument in sorted(node.kwargs.items()):
         yield f"{key}={operand(argument, names)}"
 
@@ -72,6 +84,24 @@ def operand(argument: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(argument, list | tuple):
         return "[" + ", ".join(operand(each, names) for each in argument) + "]"
     return f"{argument:.6g}" if isinstance(argument, float) else str(argument)
+
+
+RECORDER = "bnrewrite_recorder"  # a backend that keeps the text of every graph handed to it
+RECORDED: list[str] = []
+
+
+def recorder() -> str:
+    """The name of the recording backend, which runs graphs eagerly; what it has kept is dropped."""
+    if RECORDER not in torch._dynamo.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(record, name=RECORDER)
+    RECORDED.clear()
+    return RECORDER
+
+
+def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Keeps a graph's text in ``RECORDED``."""
+    RECORDED.append(graph_text(module))
+    return module.forward
 
 
 class Golden:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from contract import contract_violations
-from golden import graph_text
+from golden import RECORDED, recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spellings import random_input
@@ -22,9 +22,9 @@ from spellings.grammar import (
     Norm,
     Sentence,
 )
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from bnrewrite import explain
+from bnrewrite import explain, optimize
 
 EXAMPLES = 30
 
@@ -47,17 +47,12 @@ def batches(norm: Norm, count: int = 3) -> list[Tensor]:
 def check(sentence: Sentence) -> str:
     """Asserts the contract; returns the text of the rewritten graph."""
     torch._dynamo.reset()
-    graphs: list[str] = []
+    assert contract_violations(sentence.build(), recording, batches(sentence.norm)) == []
+    return RECORDED[0]
 
-    def stage(module: fx.GraphModule, inputs: Any) -> fx.GraphModule:
-        graphs.append(graph_text(module))
-        return module
 
-    def compiled(model: nn.Module) -> Any:
-        return torch.compile(model, backend="bnrewrite", options={"backend": stage})
-
-    assert contract_violations(sentence.build(), compiled, batches(sentence.norm)) == []
-    return graphs[0]
+def recording(model: nn.Module) -> Any:
+    return optimize(model, backend=recorder())
 
 
 @settings(max_examples=EXAMPLES)

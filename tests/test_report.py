@@ -89,7 +89,7 @@ def test_an_empty_report_is_still_a_report() -> None:
 
 
 def test_table_shows_every_field(report: Report) -> None:
-    text = str(report)
+    text = report.to_text(width=180)
     assert text.splitlines()[0] == (
         "3 norms (2 batch_norm, 1 general): 2 rewritten, 1 left; 1 finding; 2 graphs, 1 break"
     )
@@ -192,6 +192,7 @@ def test_names_in_formulas_are_escaped() -> None:
     mathml = formula_mathml(sympy.Symbol("<b>") + sympy.Function("f<i>")(C))
     assert "<b>" not in mathml
     assert "<i>" not in mathml
+    assert "&lt;b&gt;" in mathml
 
 
 def test_a_site_that_is_left_says_why() -> None:

@@ -28,12 +28,21 @@ SAME = frozenset((
     "reshape_as", "numpy_T", "mT",
 ))  # fmt: skip
 
+MOVES = frozenset((
+    "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem", "cat",
+    "index", "index_select", "masked_fill", "where", "roll", "flip", "constant_pad_nd", "pad",
+))  # fmt: skip
+
+STEPS = 24  # how many tensors back a statistic is still about the tensor that it scales
+
 CASTS = frozenset(("to", "_to_copy", "type_as"))
 
 
 def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
     """The bases of all reductions of a graph."""
-    statistic: dict[fx.Node, float] = {}  # reductions and what is computed from them: elements reduced
+    statistic: dict[
+        fx.Node, float
+    ] = {}  # reductions and what is computed from them: elements reduced
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function":
@@ -51,6 +60,22 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
             all(n in statistic or _extent(n) <= 1 for n in inputs) or _extent(node) < max(reduced)
         ):
             statistic[node] = max(reduced)
+    return frozenset(found)
+
+
+def lineage(source: object) -> frozenset[object]:
+    """A tensor and what it is made of element by element, a few steps back."""
+    if not isinstance(source, fx.Node):
+        return frozenset((source,))
+    found: set[object] = {source}
+    todo = [source]
+    while todo and len(found) < STEPS:
+        node = todo.pop(0)
+        target = node.target
+        pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+        if pointwise or name_of(node) in MOVES | SAME | CASTS:
+            todo += [n for n in node.all_input_nodes if n not in found]
+            found.update(node.all_input_nodes)
     return frozenset(found)
 
 

@@ -78,7 +78,9 @@ def _is_layer(r: Roles) -> bool:
 
 
 CATALOGUE = (
-    Norm("weight_standardization", True, "aten.native_layer_norm", "LayerNormalization", _is_weight),
+    Norm(
+        "weight_standardization", True, "aten.native_layer_norm", "LayerNormalization", _is_weight
+    ),
     Norm("batch_norm", True, "aten.batch_norm", "BatchNormalization", _is_batch),
     Norm("group_norm", True, "aten.group_norm", "GroupNormalization", _is_group),
     Norm("instance_norm", True, "aten.group_norm", "InstanceNormalization", _is_instance),

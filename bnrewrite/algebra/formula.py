@@ -24,8 +24,9 @@ def formula(ring: Ring, match: Match) -> sympy.Expr:
         number, weight = _content(match.weight)
         part = writer.scaled_part(number)
         weight, bias = writer.sum(weight), writer.sum(match.bias)
-        centred = x - mean if match.centred else x
-        return centred * part * weight + bias
+        if match.centred:
+            return (x - mean) * part * weight + bias
+        return (x * part + writer.sum(match.inner)) * weight + bias
     return x * writer.sum(match.linear.scale) + writer.sum(match.linear.shift)
 
 
@@ -36,13 +37,17 @@ class _Writer:
         self.mean = sympy.Symbol("M", real=True)
         self.variance = sympy.Symbol("V", nonnegative=True)
         self.special: dict[int, sympy.Expr] = {}
+        self.variances: list[Polynomial] = []
         if match.kind != "affine" and match.over:
+            variance = match.moments.variance(ring)
+            self.variances = [variance, ring.stop(variance)]
             for polynomial, name in (
                 (match.moments.mean, self.mean),
                 (match.moments.square, self.variance + self.mean**2),
             ):
-                ((monomial, _),) = polynomial.terms.items()
-                self.special[monomial[0][0]] = name
+                for value in (polynomial, ring.stop(polynomial)):
+                    ((monomial, _),) = value.terms.items()
+                    self.special[monomial[0][0]] = name
 
     def scaled_part(self, factor: float) -> sympy.Expr:
         """``factor * part``, the factor put back under the root that it was taken from."""
@@ -54,16 +59,14 @@ class _Writer:
         return _number(factor) * self.product(self.match.part)
 
     def sum(self, polynomial: Polynomial) -> sympy.Expr:
-        if self.special:
-            ((square, _),) = self.match.moments.square.terms.items()
-            lead = polynomial.terms.get(square)
+        for variance in self.variances:
+            square = next((m for m, c in variance.terms.items() if c > 0), None)
+            lead = polynomial.terms.get(square) if square else None
             if lead is not None:
-                rest = added(polynomial, self.match.moments.variance(self.ring), -lead)
-                if self.match.linear.source not in self.ring.moments(rest):
+                rest = added(polynomial, variance, -lead)
+                if len(rest.terms) < len(polynomial.terms):
                     return _number(lead) * self.variance + self.sum(rest)
-        return sympy.Add(
-            *(_number(c) * self.product(m) for m, c in polynomial.terms.items())
-        )
+        return sympy.Add(*(_number(c) * self.product(m) for m, c in polynomial.terms.items()))
 
     def product(self, monomial: Any) -> sympy.Expr:
         return sympy.Mul(*(self.base(b) ** sympy.Rational(Fraction(e)) for b, e in monomial))

@@ -24,11 +24,20 @@ from .expression import (
     added,
     number,
     rounded,
+    scaled,
 )
 from .meaning import Reading
 from .ring import Ring
 from .signs import positive
-from .site import Linear, Moments, factored, mixes_gradients, moments_of, reduced_axes
+from .site import (
+    Linear,
+    Moments,
+    factored,
+    mixes_gradients,
+    moments_of,
+    reduced_axes,
+    split_shift,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Match:
         part: the factor of the scale that is made of moments of x.
         weight, bias: free of moments of x.
         centred: the shift is ``bias - M * scale``.
+        inner: ``shift = inner * weight + bias``.
         masked: the root is ``norm``'s, with gradient zero at zero.
         order: p of an Lp norm.
         reason: why the formula has no name (kind "general").
@@ -56,6 +66,7 @@ class Match:
     weight: Polynomial
     bias: Polynomial
     centred: bool
+    inner: Polynomial = ZERO
     eps: float | None = None
     root_eps: Polynomial | None = None
     masked: bool = False
@@ -88,12 +99,13 @@ class Denominator:
     factor: Polynomial = ONE
 
 
-def match(reading: Reading, linear: Linear) -> Match | None:
-    """The norm that a site computes, or None where the scale has no moment of its tensor."""
+def match(reading: Reading, linear: Linear) -> Match:
+    """The norm that a site computes: a named one or "general" with the reason."""
     ring = reading.ring
     over = reduced_axes(ring, linear)
     if linear.source not in ring.moments(linear.scale):
-        return None
+        reason = "its statistics are of a part of the tensor, or of a tensor computed from it"
+        return _general(ring, linear, frozenset(), reason)
     if over is None or not over:
         return _general(ring, linear, frozenset(), "its statistics run over different axes")
     split = factored(ring, linear)
@@ -101,11 +113,14 @@ def match(reading: Reading, linear: Linear) -> Match | None:
     if split is None:
         return _general(ring, linear, over, "its scale is a sum of different statistics")
     part, weight = split
+    inner, rest = split_shift(ring, linear, weight)
     centred_bias = added(linear.shift, ring.multiply(linear.scale, moments.mean))
     uncentred = linear.source not in ring.moments(linear.shift)
     centred = not uncentred and linear.source not in ring.moments(centred_bias)
-    bias = centred_bias if centred else linear.shift
-    base = Match(linear, "general", over, moments, part, weight, bias, centred)
+    bias = centred_bias if centred else rest
+    if centred:
+        inner = scaled(ring.multiply(Polynomial({part: 1}), moments.mean), -1)
+    base = Match(linear, "general", over, moments, part, weight, bias, centred, inner)
     reason = _reason(ring, linear, base, uncentred)
     found = denominator(ring, linear, part, moments, over) if reason is None else None
     if reason is None and found is None:
@@ -193,7 +208,9 @@ def _named_uncentred(ring: Ring, base: Match, found: Denominator) -> Match:
         inside = found.inside.constant
         eps = None if inside is None else _user_eps(ring, base, float(inside), exponent)
     else:
-        eps = found.outside if _clamped(ring, base) else _user_eps(ring, base, found.outside or 0, -1)
+        eps = (
+            found.outside if _clamped(ring, base) else _user_eps(ring, base, found.outside or 0, -1)
+        )
     root = found.inside if found.order == 2 and not found.masked else None
     kind = "lp_normalize" if lp else "rms_norm"
     return replace(base, kind=kind, eps=eps, root_eps=root, masked=found.masked, order=found.order)

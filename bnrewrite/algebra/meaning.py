@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .anchors import anchors
+from .anchors import anchors, lineage
 from .axes import Axis, Dim, Dims, Opaque, align, axes_of, fresh_dims, size_of, substitute
 from .calls import arguments_of, is_tensor, name_of, shape_of
 from .expression import Polynomial, number
@@ -48,10 +48,21 @@ class Reading:
     narrowed: set[fx.Node] = field(default_factory=set)
     anchors: frozenset[fx.Node] = frozenset()
     graded: bool = True
+    _lineage: dict[object, frozenset[object]] = field(default_factory=dict)
 
     def formula(self, node: fx.Node) -> Meaning | None:
         """The meaning of a node itself (before rounding, where it rounds)."""
         return self.sealed.get(node) or self.meanings.get(node)
+
+    def derived(self, statistics: frozenset[object]) -> frozenset[object]:
+        """The tensors that statistics are taken of, and those these are made of element by element
+        (a slice, a masked copy, a concatenation)."""
+        found: set[object] = set()
+        for source in statistics:
+            if source not in self._lineage:
+                self._lineage[source] = lineage(source)
+            found |= self._lineage[source]
+        return frozenset(found)
 
     def operand(self, value: Any) -> Meaning:
         """The meaning of an argument: a node or a number."""
@@ -76,9 +87,7 @@ class Reading:
         rank = max(len(m.dims) for m in operands)
         common: list[Dim] = [()] * rank
         values: dict[int, Polynomial] = {}
-        for position in sorted(
-            range(len(operands)), key=lambda i: -len(axes_of(operands[i].dims))
-        ):
+        for position in sorted(range(len(operands)), key=lambda i: -len(axes_of(operands[i].dims))):
             meaning = operands[position]
             dims: list[Dim] = [()] * (rank - len(meaning.dims)) + list(meaning.dims)
             moves: dict[Axis, Dim] = {}
@@ -176,7 +185,7 @@ def _differentiable(graph: fx.Graph, grad_enabled: bool) -> frozenset[fx.Node]:
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            if grad_enabled and isinstance(value, torch.Tensor) and value.requires_grad:
+            if grad_enabled and isinstance(value, torch.Tensor) and node.meta["requires_grad"]:
                 found.add(node)
         elif node.op == "call_function":
             if node.target is torch._C._set_grad_enabled:

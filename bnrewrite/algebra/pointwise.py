@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from .axes import Opaque
-from .calls import dtype_of, is_tensor
-from .expression import Polynomial, added, number, scaled
+from .calls import is_tensor
+from .expression import Function, Polynomial, added, exact, number, scaled
 from .meaning import Meaning, Reading
 from .ring import Ring
 from .signs import nonnegative
@@ -42,7 +42,9 @@ def _binary(function: Callable[[Ring, Polynomial, Polynomial], Polynomial]) -> R
         alpha = reading.operand(a.get("alpha", 1))
         if a.get("rounding_mode") is not None:
             raise Opaque("a division that rounds")
-        dims, (left, right) = reading.broadcast(reading.operand(a["self"]), reading.operand(a["other"]))
+        dims, (left, right) = reading.broadcast(
+            reading.operand(a["self"]), reading.operand(a["other"])
+        )
         if alpha.value.constant != 1:
             right = reading.ring.multiply(right, alpha.value)
         return Meaning(dims, function(reading.ring, left, right))
@@ -106,7 +108,9 @@ def relu(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     return meaning
 
 
-def _fused(function: Callable[[Ring, Polynomial, Polynomial, Polynomial, Polynomial], Polynomial]) -> Rule:
+def _fused(
+    function: Callable[[Ring, Polynomial, Polynomial, Polynomial, Polynomial], Polynomial],
+) -> Rule:
     def rule(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
         _floating(node)
         factor = reading.operand(a["value"]).value
@@ -128,8 +132,25 @@ def lerp(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 
 def exponential(ring: Ring, value: Polynomial) -> Polynomial:
-    """``exp`` of parameters and statistics, where it is a positive scale."""
-    return ring.function("exp", value, nonneg=True)
+    """``exp``; ``exp(k log p + r) = p^k exp(r)`` for a p whose logarithm exists."""
+    result, rest = number(1), {}
+    for monomial, coefficient in value.terms.items():
+        base = ring.bases[monomial[0][0]] if len(monomial) == 1 else None
+        if isinstance(base, Function) and base.name == "log" and monomial[0][1] == 1:
+            exponent = exact(float(coefficient))
+            if isinstance(exponent, int) and not nonnegative(ring, base.argument):
+                raise Opaque("the exponential of a logarithm that may not exist")
+            result = ring.multiply(result, ring.power(base.argument, exponent))
+        else:
+            rest[monomial] = coefficient
+    if rest:
+        result = ring.multiply(result, ring.function("exp", Polynomial(rest), nonneg=True))
+    return result
+
+
+def logarithm(ring: Ring, value: Polynomial) -> Polynomial:
+    """``log`` of parameters and statistics."""
+    return ring.function("log", value)
 
 
 def _small(rule: Rule) -> Rule:
@@ -167,11 +188,6 @@ def pow_(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     return _pow_rule(reading, node, {"self": a["self"], "other": a.get("exponent", a.get("other"))})
 
 
-def dtype_is_wide(node: fx.Node) -> bool:
-    """Whether arithmetic here is at least float32."""
-    return dtype_of(node) in (torch.float32, torch.float64)
-
-
 POINTWISE: dict[str, Rule] = {
     "add": _add, "sub": _sub, "subtract": _sub, "mul": bilinear, "multiply": bilinear,
     "div": _div, "divide": _div, "true_divide": _div,
@@ -189,5 +205,5 @@ POINTWISE: dict[str, Rule] = {
     "lerp": lerp, "sym_float": sym_float, "relu": relu,
     "clamp": _small(clamp), "clamp_min": _small(clamp), "clamp_max": _small(clamp),
     "maximum": _small(_binary(maximum)), "minimum": _small(_binary(minimum)),
-    "exp": _small(_unary(exponential)),
+    "exp": _small(_unary(exponential)), "log": _small(_unary(logarithm)),
 }  # fmt: skip

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import fx
 
 from .axes import Axis, Dim, Dims, Opaque, Size, axes_of, product
@@ -227,10 +225,6 @@ def item(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     return results[a["other"]]
 
 
-def _dims_are(names: Iterable[str]) -> bool:
-    return all(isinstance(n, str) for n in names)
-
-
 REDUCTIONS = {
     "mean": mean, "sum": total, "var": variance, "std": deviation,
     "var_mean": variance_and_mean, "std_mean": deviation_and_mean,
@@ -239,5 +233,3 @@ REDUCTIONS = {
     **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), pooled),
     "getitem": item,
 }  # fmt: skip
-
-__all__ = ["REDUCTIONS", "torch"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from .expression import Atom, Function, Monomial, Reduction, Sum
-from .match import Match, affine, match
+from .expression import Atom, Function, Monomial, Reduction, Sum, is_even
+from .match import Match, affine, is_parameter, match
 from .meaning import Reading
 from .ring import Ring
 from .site import Linear, linear_forms
@@ -42,40 +42,40 @@ def _of_node(reading: Reading, node: fx.Node) -> Match | None:
     statistics = ring.moments(meaning.value)
     if not statistics:
         return _affine(reading, node)
-    if statistics & ring.raw(meaning.value):
+    related = reading.derived(statistics)
+    if related & ring.raw(meaning.value):
         for linear in linear_forms(reading, node):
-            if linear.source in statistics and divides_by_moment(ring, linear):
-                found = match(reading, linear)
-                if found is not None:
-                    return found
+            if linear.source in related and divides_by_moment(reading, linear):
+                return match(reading, linear)
     return None
 
 
-def divides_by_moment(ring: Ring, linear: Linear) -> bool:
-    """Whether the scale has a nonnegative moment of its tensor in a denominator or under a root."""
+def divides_by_moment(reading: Reading, linear: Linear) -> bool:
+    """Whether the scale has a magnitude of its tensor in a denominator or under a root."""
     return any(
-        (exponent < 0 or not isinstance(exponent, int)) and _has_magnitude(ring, base, linear.source)
+        (exponent < 0 or not isinstance(exponent, int)) and _has_magnitude(reading, base, linear)
         for monomial in linear.scale.terms
         for base, exponent in monomial
     )
 
 
-def _has_magnitude(ring: Ring, base_id: int, source: object) -> bool:
-    base = ring.bases[base_id]
-    if source not in base.moments:
+def _has_magnitude(reading: Reading, base_id: int, linear: Linear) -> bool:
+    """Whether a base holds an even or absolute moment of the tensor, or of a part of it."""
+    base = reading.ring.bases[base_id]
+    if linear.source not in reading.derived(base.moments):
         return False
     if isinstance(base, Atom):
         return True
     inside: list[Monomial] = []
     if isinstance(base, Reduction):
-        if base.nonnegative:
-            return True
         inside = [base.monomial]
+        if base.nonnegative or any(is_even(e) for _, e in base.monomial):
+            return True
     elif isinstance(base, Sum):
         inside = list(base.polynomial.terms)
     elif isinstance(base, Function):
         inside = [m for a in base.arguments for m in a.terms]
-    return any(_has_magnitude(ring, b, source) for m in inside for b, _ in m)
+    return any(_has_magnitude(reading, b, linear) for m in inside for b, _ in m)
 
 
 def is_small(ring: Ring, found: Match) -> bool:
@@ -132,12 +132,13 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
     """``x * scale + shift`` with stored statistics: a norm at inference, a frozen norm."""
     ring = reading.ring
     for linear in linear_forms(reading, node):
-        if _is_stored(linear.source) or not linear.shift.terms:
+        if not linear.shift.terms:
             continue
         stored = ring.raw(linear.scale) | ring.raw(linear.shift)
         if (
             stored
             and all(_is_stored(s) for s in stored)
+            and not is_parameter(linear.source)
             and _normalises(ring, linear)
             and ring.axes(linear.scale) | ring.axes(linear.shift) < linear.axes
         ):
@@ -146,9 +147,7 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
 
 
 def _is_stored(source: object) -> bool:
-    return isinstance(source, fx.Node) and (
-        bool(source.meta.get("parameter") or source.meta.get("stored")) or source.op == "get_attr"
-    )
+    return isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")
 
 
 def _normalises(ring: Ring, linear: Linear) -> bool:

@@ -99,11 +99,14 @@ def movedim(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     meaning = reading.operand(a["self"])
     rank = len(meaning.dims)
     source, target = (
-        [d % rank for d in ([v] if isinstance(v, int) else v)] for v in (a["source"], a["destination"])
+        [d % rank for d in ([v] if isinstance(v, int) else v)]
+        for v in (a["source"], a["destination"])
     )
     placed: dict[int, Dim] = {t: meaning.dims[s] for s, t in zip(source, target, strict=True)}
     rest = iter(d for i, d in enumerate(meaning.dims) if i not in source)
-    return Meaning(tuple(placed[i] if i in placed else next(rest) for i in range(rank)), meaning.value)
+    return Meaning(
+        tuple(placed[i] if i in placed else next(rest) for i in range(rank)), meaning.value
+    )
 
 
 def unsqueeze(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -119,7 +122,9 @@ def squeeze(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     shape = shape_of(a["self"])
     rank = len(shape)
     dim = a.get("dim")
-    chosen = range(rank) if dim is None else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    chosen = (
+        range(rank) if dim is None else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    )
     gone = {d for d in chosen if shape[d] == 1}
     dims = tuple(d for i, d in enumerate(meaning.dims) if i not in gone)
     if len(dims) != len(shape_of(node)):

@@ -43,8 +43,10 @@ def positive(ring: Ring, polynomial: Polynomial) -> bool:
         return True
     if len(polynomial.terms) == 1:
         ((monomial, coefficient),) = polynomial.terms.items()
-        return coefficient > 0 and all(ring._never_zero(ring.bases[b]) for b, _ in monomial) and (
-            _is_nonnegative(ring, monomial)
+        return (
+            coefficient > 0
+            and all(ring._never_zero(ring.bases[b]) for b, _ in monomial)
+            and (_is_nonnegative(ring, monomial))
         )
     return False
 

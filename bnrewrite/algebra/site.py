@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from .axes import Axis, Dims, Opaque, axes_of
+from .axes import Axis, Dims, axes_of
 from .expression import (
-    ONE,
     Atom,
     Base,
     Exponent,
@@ -20,10 +18,10 @@ from .expression import (
     Reduction,
     Sum,
     added,
+    inverse,
 )
-from .meaning import Meaning, Reading
+from .meaning import Reading
 from .ring import Ring
-from .signs import positive
 
 
 @dataclass(frozen=True)
@@ -196,14 +194,33 @@ def factored(
     return parts.pop(), Polynomial(rest)
 
 
-def plain_roots(ring: Ring, linear: Linear) -> Linear:
-    """The same site with every ``norm`` and ``std`` as the root of a sum of squares."""
-    return replace(
-        linear, scale=ring.without_roots(linear.scale), shift=ring.without_roots(linear.shift)
+def split_shift(ring: Ring, linear: Linear, weight: Polynomial) -> tuple[Polynomial, Polynomial]:
+    """``shift = inner * weight + rest``: what is added before the weight multiplies, and after.
+
+    The inner part holds the moments of the source. Without such a factor it is zero.
+    """
+    rest: dict[Monomial, Any] = {}
+    held: dict[Monomial, Any] = {}
+    for monomial, coefficient in linear.shift.terms.items():
+        has_moment = any(linear.source in ring.bases[b].moments for b, _ in monomial)
+        (held if has_moment else rest)[monomial] = coefficient
+    first = min(weight.terms)
+    inner = Polynomial(
+        {
+            tuple(i for i in m if i not in first): c * inverse(weight.terms[first])
+            for m, c in held.items()
+            if set(first) <= set(m) and _others(ring, linear, m) == set(first)
+        }
     )
+    if inner.terms and ring.multiply(inner, weight) == Polynomial(held):
+        return inner, Polynomial(rest)
+    return Polynomial({}), linear.shift
 
 
-__all__ = [
-    "ONE", "Fraction", "Linear", "Meaning", "Moments", "Opaque", "factored", "linear_forms",
-    "mixes_gradients", "moments_of", "plain_roots", "positive", "reduced_axes",
-]  # fmt: skip
+def _others(ring: Ring, linear: Linear, monomial: Monomial) -> set[tuple[int, Exponent]]:
+    """The factors along axes that a statistic has lost."""
+    return {i for i in monomial if not i[0] in _statistics(ring, linear, monomial)}
+
+
+def _statistics(ring: Ring, linear: Linear, monomial: Monomial) -> set[int]:
+    return {b for b, _ in monomial if linear.source in ring.bases[b].moments}

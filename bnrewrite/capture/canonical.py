@@ -72,7 +72,7 @@ def canonicalise(
     Raises:
         CaptureError: the graph has no canonical form; nothing was changed.
     """
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = _placeholders(graph_module)
     refuse_views_of_updated_inputs(graph_module)
     fakes = _fake_inputs(placeholders, example_inputs)
     constants = _tensor_constants(graph_module)
@@ -87,7 +87,10 @@ def canonicalise(
     _restore_constants(module, constants)
     restore_provenance(module)
     updated = list(signature.user_inputs_to_mutate.values())
+    _refuse_differentiated(updated, module, fakes)
     renamed, inputs = _name_placeholders(module, placeholders)
+    for node, fake in zip(_placeholders(module), fakes, strict=True):
+        node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
     rebound = _lead_with_rebound_values(module, len(updated), rebindings)
     names = {node.name: input.name for node, input in zip(placeholders, inputs, strict=True)}
     module.recompile()
@@ -124,6 +127,14 @@ class _Interpreter(fx.Interpreter):
         self.owner = owner
         self.constants = constants
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """`buffer.data = value`, which Dynamo writes as `set_`, is an update of the buffer."""
+        if target is torch.Tensor.set_ and len(args) == 2:
+            return args[0].copy_(args[1])
+        if getattr(target, "__name__", "") == "_lower_version_count_by_1":
+            return args[0]
+        return super().call_function(target, args, kwargs)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.constants:
             return getattr(self.owner, f"constant_{self.constants.index(target)}")
@@ -137,8 +148,7 @@ def _fake_inputs(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any])
     history carries that history now, and is detached from it.
 
     Raises:
-        CaptureError: an input that requires a gradient is updated in place: its history is part of
-            the result.
+        CaptureError: the call gives an input another number of dimensions or another dtype.
     """
     fakes = []
     for i, node in enumerate(placeholders):
@@ -147,8 +157,8 @@ def _fake_inputs(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any])
         if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor):
             if fake.requires_grad and fake._version > 0 and not real.requires_grad:
                 fake = fake.detach()
-            elif fake.requires_grad and fake._version > 0:
-                raise CaptureError(f"{node.name} requires a gradient and is updated in place")
+            if fake.dtype != real.dtype or fake.dim() != real.dim():
+                raise CaptureError(f"{node.name} gets a new shape or dtype")
         fakes.append(fake)
     return fakes
 
@@ -158,11 +168,24 @@ def _checked(traced: Any, signature: Any, placeholders: Sequence[fx.Node]) -> fx
         raise CaptureError(f"tracing gave a {type(traced).__name__} instead of a graph")
     if signature.buffers_to_mutate:
         raise CaptureError("the graph updates one of its tensor constants in place")
-    found = sum(node.op == "placeholder" for node in traced.graph.nodes)
+    found = len(_placeholders(traced))
     expected = len(placeholders) + len(signature.parameters) + len(signature.buffers)
     if found != expected:
         raise CaptureError(f"tracing gave {found} inputs for a graph with {expected}")
     return traced
+
+
+def _refuse_differentiated(
+    updated: Sequence[str], module: fx.GraphModule, fakes: Sequence[Any]
+) -> None:
+    """Refuse an update of an input that requires a gradient: its history is part of the result."""
+    for node, fake in zip(_placeholders(module), fakes, strict=True):
+        if node.name in updated and fake.requires_grad:
+            raise CaptureError("an input that requires a gradient is updated in place")
+
+
+def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
 def _tensor_constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
@@ -179,7 +202,7 @@ def _tensor_constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 def _restore_constants(module: fx.GraphModule, constants: dict[str, torch.Tensor]) -> None:
     """Make the leading placeholders attributes again, as they were in the Dynamo graph."""
-    lifted = [node for node in module.graph.nodes if node.op == "placeholder"][: len(constants)]
+    lifted = _placeholders(module)[: len(constants)]
     for i, (node, constant) in enumerate(zip(lifted, constants.values(), strict=True)):
         module.register_buffer(f"_constant_{i}", constant)
         with module.graph.inserting_after(node):
@@ -193,7 +216,7 @@ def _name_placeholders(
     module: fx.GraphModule, placeholders: Sequence[fx.Node]
 ) -> tuple[dict[str, str], tuple[Input, ...]]:
     """Name placeholders by what they are: `bn1_running_mean`, `input_0`; sizes keep theirs."""
-    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    nodes = _placeholders(module)
     renamed, inputs = {}, []
     for node, placeholder in zip(nodes, placeholders, strict=True):
         kind, path = locate(placeholder)

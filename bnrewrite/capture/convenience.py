@@ -1,4 +1,4 @@
-"""Capture without optimising: the canonical graphs of one call, for tests and for `explain`."""
+"""Capture without optimising: the canonical graphs of one call."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.canonical import Canonical, canonicalise
+from bnrewrite.capture.rebinding import find_rebindings
 
 
 def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Canonical]:
     """Canonical graphs of `model(*args, **kwargs)`, one per Dynamo graph, in order.
 
-    The model runs once, as the user's code does: buffers move. Deep-copy it first where that matters.
+    The user's code runs once on the arguments as it is, so its buffers move.
     """
     found: list[Canonical] = []
 
-    def keep(graph_module: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        found.append(canonicalise(graph_module, example_inputs))
-        return graph_module.forward
+    def keep(graph: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        found.append(canonicalise(graph, example_inputs, find_rebindings(graph)))
+        return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=keep)
-    compiled(*args, **kwargs)
+    torch.compile(model, backend=keep)(*args, **kwargs)
     return found

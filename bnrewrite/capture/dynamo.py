@@ -47,20 +47,22 @@ class Tolerant:
 
     def __call__(self, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
         try:
-            with torch._dynamo.config.patch(capture_scalar_outputs=True):
-                converted: ConvertFrameReturn = self._convert(*args, **kwargs)
-            return converted
+            return self._converted(args, kwargs, capture_scalar_outputs=True)
         except Exception as first:
             if _is_wanted(first):
                 raise
         try:
-            with torch._dynamo.config.patch(capture_scalar_outputs=False):
-                converted = self._convert(*args, **kwargs)
-            return converted
+            return self._converted(args, kwargs, capture_scalar_outputs=False)
         except Exception as error:
             if _is_wanted(error):
                 raise
             return self._leave(error)
+
+    def _converted(self, args: Any, kwargs: Any, **settings: Any) -> ConvertFrameReturn:
+        """Convert a frame; `nn` hooks that are added or removed later are noticed."""
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, **settings):
+            converted: ConvertFrameReturn = self._convert(*args, **kwargs)
+        return converted
 
     def _leave(self, error: Exception) -> ConvertFrameReturn:
         """Run the frame as it is: for good where Dynamo fails, this time where the user's code does."""

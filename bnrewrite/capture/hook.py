@@ -34,7 +34,7 @@ class Hook:
 
     def __init__(self, backend: str, options: Options, dynamic: bool | None) -> None:
         self.settings = {"backend": backend, "dynamic": dynamic, "options": options}
-        self.run = compiled(_own_code(), Compiler(backend, options), dynamic)
+        self.run = compiled(own_call(), Compiler(backend, options), dynamic)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return self
@@ -69,12 +69,12 @@ class _BoundCall:
             return None
         if type(hook) is not Hook:
             hook = _restored(module, hook)
-        if _is_traced():
+        if is_traced():
             return None
         return types.MethodType(hook.run, module)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether something else looks at the user's code, or transforms it, from outside."""
     return bool(
         torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing()
@@ -91,10 +91,12 @@ def _restored(module: Any, plain: dict[str, Any]) -> Hook:
     return hook
 
 
-def _own_code() -> Callable[..., Any]:
+def own_call() -> Callable[..., Any]:
+    """A call of a module (or function) as a function of it, with a code object of its own."""
     code = _call.__code__
     return types.FunctionType(code.replace(co_name=code.co_name), globals(), _call.__name__)
 
 
 def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
+    call = module._call_impl if isinstance(module, nn.Module) else module
+    return call(*args, **kwargs)

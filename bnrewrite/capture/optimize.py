@@ -12,7 +12,7 @@ from torch import nn
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.dynamo import compiled
-from bnrewrite.capture.hook import Hook, install
+from bnrewrite.capture.hook import KEY, Hook, install, is_traced, own_call
 from bnrewrite.capture.switches import checked_options
 
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -49,30 +49,43 @@ def optimize(
         TypeError: the model is neither a module nor a function, or is a scripted one.
         ValueError: a backend, pass, kind or kernel that does not exist.
     """
-    _check_model(model)
+    check_model(model, "optimize")
     _check_backend(backend)
     options = checked_options(strict=strict, disable=disable, only=only, kernels=kernels)
     if isinstance(model, nn.Module):
+        _detach_statistics(model)
         install(model, Hook(backend, options, dynamic))
         return model
-    run = compiled(_own_code(model), Compiler(backend, options), dynamic)
+    function = unwrapped(model)
+    run = compiled(own_call(), Compiler(backend, options), dynamic)
 
-    @functools.wraps(model)
+    @functools.wraps(function)
     def optimized(*args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs)
+        return function(*args, **kwargs) if is_traced() else run(function, *args, **kwargs)
 
+    vars(optimized)[KEY] = function
     return optimized  # type: ignore[return-value]
 
 
-def _check_model(model: Any) -> None:
+def unwrapped(model: Any) -> Any:
+    """The user's function of one that `optimize` returned; anything else as it is."""
+    return model if isinstance(model, nn.Module) else getattr(model, KEY, model)
+
+
+def check_model(model: Any, name: str) -> None:
+    """Refuse what is neither a module nor a function.
+
+    Raises:
+        TypeError: with what to give instead.
+    """
     if isinstance(model, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         raise TypeError(
             f"the model is a {type(model).__name__}, which is compiled already; "
-            "call optimize on the Python module that it was scripted or traced from"
+            f"call {name} on the Python module that it was scripted or traced from"
         )
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError(
-            "the model is what torch.compile returned; call optimize on the module that was given "
+            f"the model is what torch.compile returned; call {name} on the module that was given "
             'to torch.compile, or write torch.compile(model, backend="bnrewrite")'
         )
     function = isinstance(model, functools.partial) or (
@@ -80,7 +93,7 @@ def _check_model(model: Any) -> None:
     )
     if not isinstance(model, nn.Module) and not function:
         raise TypeError(
-            f"optimize takes a torch.nn.Module or a function, not a {type(model).__name__}"
+            f"{name} takes a torch.nn.Module or a function, not a {type(model).__name__}"
         )
 
 
@@ -97,16 +110,8 @@ def _check_backend(backend: Any) -> None:
         )
 
 
-def _own_code(function: Any) -> Any:
-    """A function with a code object of its own, so that Dynamo counts its recompilations alone."""
-    if not isinstance(function, types.FunctionType):
-        return function
-    copy = types.FunctionType(
-        function.__code__.replace(co_name=function.__code__.co_name),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return functools.wraps(function)(copy)
+def _detach_statistics(model: nn.Module) -> None:
+    """Cut buffers off the autograd history that earlier steps of the user's code left on them."""
+    for buffer in model.buffers():
+        if buffer.grad_fn is not None and not buffer._is_view():
+            buffer.detach_()

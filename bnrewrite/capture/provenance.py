@@ -10,6 +10,7 @@ from torch import fx
 from bnrewrite.capture.sources import qualified_name
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
+_LINE = re.compile(r'File "([^"]+)", line (\d+)')
 _FRAME = re.compile(r'(?m)^\s*File "')
 
 
@@ -28,6 +29,12 @@ def restore_provenance(module: fx.GraphModule) -> None:
             node.meta["nn_module_stack"] = {
                 key: (qualified_name(str(path)), kind) for key, (path, kind) in stack.items()
             }
+
+
+def source_line(node: fx.Node) -> str:
+    """ "file.py:123" of the innermost line of the user's code; "" where none is known. """
+    lines = _LINE.findall(_users_frames(node.meta.get("stack_trace") or ""))
+    return f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
 
 
 def _users_frames(trace: str) -> str:

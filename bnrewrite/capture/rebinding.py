@@ -11,6 +11,7 @@ break), nor does the old tensor, and shape, dtype and device stay. Any other sta
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bnrewrite.capture.aliases import outputs_of
-from bnrewrite.capture.sources import name_of, source_name
+from bnrewrite.capture.sources import locate, name_of, source_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def find_rebindings(graph_module: fx.GraphModule) -> tuple[Rebinding, ...]:
     try:
         stores = list(_stores())
         escaping = _escaping(stores)
-    except (AttributeError, ImportError, TypeError, AssertionError):
+    except Exception:  # a private record: any change of torch's must leave the user's code as it is
+        logger.debug("Dynamo's side effects could not be read", exc_info=True)
         return ()
     by_source = {
         source_name(node): node for node in graph_module.graph.nodes if node.op == "placeholder"
@@ -63,6 +67,46 @@ def find_rebindings(graph_module: fx.GraphModule) -> tuple[Rebinding, ...]:
             history = bool(value.meta["example_value"].requires_grad)
             found.append(Rebinding(names.index(store.value), buffer.name, history))
     return tuple(found)
+
+
+def find_attribute_updates(graph_module: fx.GraphModule) -> tuple[tuple[str, fx.Node], ...]:
+    """Plain tensor attributes of modules that are bound to a value computed from their old one.
+
+    Returns:
+        The qualified name of each attribute, and the node of its new value.
+    """
+    try:
+        effects = _translator().output.side_effects
+        stored = [
+            (f"{name_of(owner.source)}.{name}", _node(value))
+            for owner, attributes in effects.store_attr_mutations.items()
+            for name, value in attributes.items()
+        ]
+    except Exception:  # a private record: any change of torch's must leave the user's code as it is
+        logger.debug("Dynamo's side effects could not be read", exc_info=True)
+        return ()
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    old = {source_name(node): node for node in nodes.values() if node.op == "placeholder"}
+    return tuple(
+        (locate(old[source])[1] or source, nodes[value.name])
+        for source, value in stored
+        if source in old
+        and value is not None
+        and value.name in nodes
+        and _is_computed_from(nodes[value.name], old[source])
+    )
+
+
+def _is_computed_from(node: fx.Node, origin: fx.Node) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        for each in pending.pop().all_input_nodes:
+            if each is origin:
+                return True
+            if each not in seen:
+                seen.add(each)
+                pending.append(each)
+    return False
 
 
 @dataclass(frozen=True)

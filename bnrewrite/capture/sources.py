@@ -35,11 +35,17 @@ def source_name(placeholder: fx.Node) -> str | None:
 
 
 def name_of(source: Any) -> str | None:
-    """The name of a Dynamo source; a property in newer releases of torch, a method in older ones."""
+    """The name of a Dynamo source, None where it has none.
+
+    It is a property in newer releases of torch, a method in older ones.
+    """
     if source is None:
         return None
-    name = source.name
-    return str(name() if callable(name) else name)
+    try:
+        name = source.name
+        return str(name() if callable(name) else name)
+    except NotImplementedError:  # the source of a temporary
+        return None
 
 
 def qualified_name(path: str) -> str:

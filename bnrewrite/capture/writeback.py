@@ -5,12 +5,13 @@ After:   copy_(running_mean, new_running_mean), without gradients; return (y,)
 
 What a backward needs of an updated buffer is a copy that is taken first, never the live buffer: two
 forwards before a backward, or a `load_state_dict` between them, stay as legal as they were when the
-buffer was rebound.
+buffer was rebound. A stage that differentiates the graph itself may recompute anything from its
+inputs: there the copy is taken before the graph is called, and the update is made after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,9 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.aliases import outputs_of
+from bnrewrite.capture.lifetime import differentiable_nodes, outlives, reaches
 
-_COPY = torch.ops.aten.copy_.default
-_CLONE = torch.ops.aten.clone.default
-_DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
+Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -39,100 +39,120 @@ class Update:
     history: bool = False
 
 
+@dataclass(frozen=True)
+class Around:
+    """Updates that are made around a graph instead of in it.
+
+    Attributes:
+        inputs: positions of the inputs that are updated; the graph gets copies of them. Their new
+            values are the last outputs of the graph.
+        returned: which output is which of these inputs itself.
+    """
+
+    inputs: tuple[int, ...]
+    returned: tuple[tuple[int, int], ...]
+
+    def wrap(self, run: Run) -> Run:
+        """The call with its updates."""
+        if not self.inputs:
+            return run
+        count = len(self.inputs)
+
+        def updating(*args: Any) -> list[Any]:
+            given, live = list(args), [args[i] for i in self.inputs]
+            for i in self.inputs:
+                given[i] = args[i].clone()
+            results = list(run(*given))
+            new = results[-count:]
+            del results[-count:]
+            with torch.no_grad():
+                for buffer, value in zip(live, new, strict=True):
+                    buffer.copy_(value)
+            for output, i in self.returned:
+                results[output] = args[i]
+            return results
+
+        return updating
+
+
 def write_back(
     module: fx.GraphModule,
     updates: Sequence[Update],
     outputs: Sequence[int | str],
     grad_enabled: bool,
-) -> None:
+    differentiated_later: bool,
+) -> Around:
     """Replace the outputs of a graph by updates of its inputs and the outputs of the user's code.
 
     Args:
         module: changed in place.
-        updates: copied into their placeholders at the end of the graph.
+        updates: where the new values go.
         outputs: what is returned instead: the position of an old output, or a placeholder's name.
         grad_enabled: the gradient mode in which the graph is called.
+        differentiated_later: whether the stage after traces a backward of its own.
+
+    Returns:
+        The updates that are left to be made around the graph.
     """
     graph = module.graph
-    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    values = outputs_of(module)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    named = {node.name: node for node in placeholders}
     output = next(node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(values),)
-    updated = [placeholders[update.placeholder] for update in updates]
-    copies = _read_through_copies(graph, updated, grad_enabled)
+    output.args = (tuple(outputs_of(module)),)
+    differentiable = differentiable_nodes(graph, grad_enabled)
+    outside = [
+        update
+        for update in updates
+        if differentiated_later
+        and not update.history
+        and reaches(named[update.placeholder], differentiable)
+    ]
+    inside = [update for update in updates if update not in outside]
+    for update in inside:
+        if outlives(named[update.placeholder], differentiable):
+            _read_a_copy(graph, named[update.placeholder], placeholders[-1])
     values = outputs_of(module)  # some may be reads of an updated placeholder
     with graph.inserting_before(output):
-        for update in updates:
-            if update.history:
-                _copy(graph, placeholders[update.placeholder], values[update.value])
-        dropping = [update for update in updates if not update.history]
-        if dropping and grad_enabled:
-            graph.call_function(torch._C._set_grad_enabled, (False,))
-        for update in dropping:
-            _copy(graph, placeholders[update.placeholder], values[update.value])
-        if dropping and grad_enabled:
-            graph.call_function(torch._C._set_grad_enabled, (True,))
-    output.args = (
-        tuple(values[each] if isinstance(each, int) else placeholders[each] for each in outputs),
-    )
-    assert all(copy.users for copy in copies)
+        for update in sorted(inside, key=lambda each: not each.history):
+            _copy(graph, named[update.placeholder], values[update.value])
+    _without_gradients(graph, sum(not update.history for update in inside), grad_enabled, output)
+    moved = [update.placeholder for update in outside]
+    results = [
+        values[each] if isinstance(each, int) else (None if each in moved else named[each])
+        for each in outputs
+    ]
+    output.args = ((*results, *(values[update.value] for update in outside)),)
     module.recompile()
+    position = {node.name: i for i, node in enumerate(placeholders)}
+    return Around(
+        inputs=tuple(position[name] for name in moved),
+        returned=tuple((i, position[each]) for i, each in enumerate(outputs) if each in moved),  # type: ignore[index]
+    )
+
+
+def _read_a_copy(graph: fx.Graph, placeholder: fx.Node, last: fx.Node) -> None:
+    """Let every read of a placeholder see a copy of its value at the start."""
+    users = list(placeholder.users)
+    with graph.inserting_after(last):
+        copy = graph.call_function(torch.ops.aten.clone.default, (placeholder,))
+    copy.meta = dict(placeholder.meta)
+    for user in users:
+        user.replace_input_with(placeholder, copy)
 
 
 def _copy(graph: fx.Graph, placeholder: fx.Node, value: fx.Node) -> None:
-    node = graph.call_function(_COPY, (placeholder, value))
+    node = graph.call_function(torch.ops.aten.copy_.default, (placeholder, value))
     node.meta["val"] = placeholder.meta.get("val")
 
 
-def _read_through_copies(
-    graph: fx.Graph, updated: Iterable[fx.Node], grad_enabled: bool
-) -> list[fx.Node]:
-    """Let reads of updated placeholders that may outlive the call see a copy of the old value."""
-    differentiable = _differentiable(graph, grad_enabled)
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
-    copies = []
-    for placeholder in updated:
-        if not _outlives(placeholder, differentiable):
-            continue
-        users = list(placeholder.users)
-        with graph.inserting_after(*last):
-            copy = graph.call_function(_CLONE, (placeholder,))
-        copy.meta = dict(placeholder.meta)
-        for user in users:
-            user.replace_input_with(placeholder, copy)
-        copies.append(copy)
-    return copies
-
-
-def _outlives(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> bool:
-    """Whether a value, or a view of it, may be saved for a backward or returned."""
-    return any(
-        user.op == "output"
-        or differentiable[user]
-        or (_may_alias(user) and _outlives(user, differentiable))
-        for user in node.users
-    )
-
-
-def _differentiable(graph: fx.Graph, grad_enabled: bool) -> dict[fx.Node, bool]:
-    """For each node whether autograd may record it."""
-    enabled, found = grad_enabled, {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta.get("val", node.meta.get("example_value"))
-            found[node] = isinstance(value, torch.Tensor) and value.requires_grad
-        elif node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-            found[node] = False
-        else:
-            recorded = any(found[each] for each in node.all_input_nodes)
-            found[node] = enabled and recorded and node.target not in _DETACHING
-    return found
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Whether a node's value may share the memory of its input."""
-    schema: Any = getattr(node.target, "_schema", None)
-    if schema is None:
-        return True  # a method or function of a graph that is not canonical
-    return any(returned.alias_info is not None for returned in schema.returns)
+def _without_gradients(graph: fx.Graph, count: int, grad_enabled: bool, output: fx.Node) -> None:
+    """Switch gradients off around the last `count` nodes."""
+    if not count or not grad_enabled:
+        return
+    first = output
+    for _ in range(count):
+        first = first.prev
+    with graph.inserting_before(first):
+        graph.call_function(torch._C._set_grad_enabled, (False,))
+    with graph.inserting_before(output):
+        graph.call_function(torch._C._set_grad_enabled, (True,))

@@ -8,6 +8,7 @@ short, and (MathML) indices are subscripts and names keep their case.
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import sympy
@@ -23,9 +24,10 @@ def formula_text(formula: Any) -> str:
 
 def formula_mathml(formula: Any) -> str:
     """A sympy expression as a ``<math>`` element of presentation MathML, escaped."""
-    printer = _MathML({"mul_symbol": "None"})
-    body = printer._print(sympy.sympify(formula)).toxml()
-    return f'<math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">{body}</math>'
+    body: Any = _MathML()._print(sympy.sympify(formula))
+    return (
+        f'<math xmlns="http://www.w3.org/1998/Math/MathML" display="inline">{body.toxml()}</math>'
+    )
 
 
 def short_number(value: Any) -> str:
@@ -50,6 +52,9 @@ class _MathML(_SubtractedLast, MathMLPresentationPrinter):  # type: ignore[misc]
     def _print_Float(self, expr: Any) -> Any:
         return self._leaf("mn", short_number(expr))
 
+    def _print_Symbol(self, sym: Any, style: str = "plain") -> Any:
+        return super()._print_Symbol(sympy.Symbol(escape(sym.name, quote=False)), style)
+
     def _print_AppliedUndef(self, expr: AppliedUndef) -> Any:
         """``x(n, c)`` as x with subscripts: an index, not an argument."""
         name = self._leaf("mi", expr.func.__name__)
@@ -61,11 +66,13 @@ class _MathML(_SubtractedLast, MathMLPresentationPrinter):  # type: ignore[misc]
         for place, argument in enumerate(expr.args):
             if place:
                 row.appendChild(self._leaf("mo", ","))
-            row.appendChild(self._print(argument))
+            printed: Any = self._print(argument)
+            row.appendChild(printed)
         indexed.appendChild(row)
         return indexed
 
     def _leaf(self, tag: str, text: str) -> Any:
         leaf = self.dom.createElement(tag)
-        leaf.appendChild(self.dom.createTextNode(text))
+        # sympy's document writes text as it is, for its own entities
+        leaf.appendChild(self.dom.createTextNode(escape(text, quote=False)))
         return leaf

@@ -1,0 +1,101 @@
+"""Where a norm's source loses digits that its replacement keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .calls import arguments_of, dtype_of, is_tensor, name_of
+from .expression import Monomial, Polynomial, Reduction
+from .match import Match
+from .meaning import Reading
+from .ring import Ring
+
+CANCELS = "more accurate than the source: E[x^2] - E[x]^2 cancels there"
+ROUNDS = "more accurate than the source: a statistic is rounded to {dtype} there"
+OVERFLOWS = "more accurate than the source: squares are summed in {dtype} there"
+
+
+def remarks(reading: Reading, found: Match) -> list[str]:
+    """What the replacement of a site computes more accurately than the user's code."""
+    result = []
+    nodes = _nodes(reading, found)
+    if any(_cancels(reading, node) for node in nodes):
+        result.append(CANCELS)
+    rounding = [n for n in nodes if n in reading.narrowed]
+    if rounding:
+        result.append(ROUNDS.format(dtype=_name(dtype_of(rounding[0]))))
+    narrow = [n for n in nodes if _squares_in_half(n)]
+    if narrow:
+        result.append(OVERFLOWS.format(dtype=_name(dtype_of(narrow[0]))))
+    return result
+
+
+def _nodes(reading: Reading, found: Match) -> list[fx.Node]:
+    """The nodes between a site and its tensor that make the statistics."""
+    result: list[fx.Node] = []
+    seen = {found.linear.source}
+    todo = [found.node]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        meaning = reading.formula(node)
+        if meaning is None or node.op != "call_function":
+            continue
+        sources = reading.ring.moments(meaning.value) | reading.ring.raw(meaning.value)
+        if found.linear.source in sources:
+            result.append(node)
+            todo += node.all_input_nodes
+    return result
+
+
+def _cancels(reading: Reading, node: fx.Node) -> bool:
+    """Whether E[f^2] and E[f]^2 meet here for the first time, as a difference of numbers."""
+    if name_of(node) not in ("sub", "add", "rsub"):
+        return False
+    operands = [reading.meanings.get(n) for n in node.all_input_nodes if is_tensor(n)]
+    values = [m.value for m in operands if m is not None]
+    if len(values) != 2:
+        return False
+    square, mean = (_moment_terms(reading.ring, v) for v in values)
+    return any(
+        a[0] and b[1] and not (a[0] and a[1]) and not (b[0] and b[1])
+        for a, b in ((square, mean), (mean, square))
+    )
+
+
+def _moment_terms(ring: Ring, value: Polynomial) -> tuple[bool, bool]:
+    """Whether a value has a term in E[f^2], and one in E[f]^2."""
+
+    def second(monomial: Monomial) -> bool:
+        return any(
+            isinstance(base := ring.bases[b], Reduction)
+            and e == 1
+            and all(i == 2 for _, i in base.monomial)
+            for b, e in monomial
+        )
+
+    def squared(monomial: Monomial) -> bool:
+        return any(isinstance(ring.bases[b], Reduction) and e == 2 for b, e in monomial)
+
+    raw = ring.raw(value)
+    return (
+        not raw and any(second(m) for m in value.terms),
+        not raw and any(squared(m) for m in value.terms),
+    )
+
+
+def _squares_in_half(node: fx.Node) -> bool:
+    """Whether a square is taken in float16, where it overflows beyond 256."""
+    if not is_tensor(node) or dtype_of(node) != torch.float16:
+        return False
+    name = name_of(node)
+    if name == "mul":
+        return len(set(node.all_input_nodes)) == 1
+    return name == "square" or (name == "pow" and arguments_of(node).get("exponent") == 2)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

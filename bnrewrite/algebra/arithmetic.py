@@ -1,0 +1,266 @@
+"""Products, powers and roots of polynomials, always expanded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+
+import sympy
+
+from .axes import Axis, Opaque, Size, product
+from .expression import (
+    LIMIT,
+    ONE,
+    ZERO,
+    Base,
+    Exponent,
+    Extent,
+    Function,
+    Monomial,
+    Number,
+    Polynomial,
+    Sum,
+    added,
+    exact,
+    inverse,
+    is_even,
+    number,
+    scaled,
+)
+from .interning import Interning
+from .signs import nonnegative, positive
+
+
+class Arithmetic(Interning):
+    """Arithmetic over the bases of one graph."""
+
+    def extent(self, size: Size) -> Polynomial:
+        """A size as a number or a positive symbol (products are taken apart)."""
+        if isinstance(size, int):
+            return number(size)
+        if size.is_Integer:
+            return number(int(size))
+        if size.is_Rational:
+            return number(Fraction(int(size.p), int(size.q)))
+        if size.is_Float:
+            return number(float(size))
+        if size.is_Mul:
+            result = ONE
+            for factor in size.args:
+                result = self.multiply(result, self.extent(factor))
+            return result
+        if size.is_Add:
+            result = ZERO
+            for term in size.args:
+                result = added(result, self.extent(term))
+            return result
+        if isinstance(size, sympy.Pow) and size.exp.is_Integer:
+            return self.power(self.extent(size.base), int(size.exp))
+        return self._single(
+            ("extent", size),
+            lambda i: Extent(i, frozenset(), frozenset(), frozenset(), True, 0, size),
+        )
+
+    def count(self, axes: Iterable[Axis]) -> Polynomial:
+        """The number of elements that the axes index."""
+        return self.extent(product(axis.size for axis in axes))
+
+    def multiply(self, left: Polynomial, right: Polynomial) -> Polynomial:
+        """The expanded product."""
+        if len(left.terms) * len(right.terms) > 4 * LIMIT:
+            raise Opaque("more terms than a norm has")
+        result = ZERO
+        simple: dict[Monomial, Number] = {}
+        for a, x in left.terms.items():
+            for b, y in right.terms.items():
+                monomial, expand = self._merge(a, b)
+                if expand:
+                    extra = Polynomial({monomial: x * y})
+                    for polynomial in expand:
+                        extra = self.multiply(extra, polynomial)
+                    result = added(result, extra)
+                else:
+                    simple[monomial] = simple.get(monomial, 0) + x * y
+        simple = {m: c for m, c in simple.items() if c != 0}
+        return (
+            added(result, Polynomial(simple)) if result.terms else added(ZERO, Polynomial(simple))
+        )
+
+    def divide(self, left: Polynomial, right: Polynomial) -> Polynomial:
+        """left / right."""
+        ratio = self._proportion(left, right)
+        if ratio is not None and positive(self, right):
+            return number(ratio)
+        return self.multiply(left, self.power(right, -1))
+
+    def power(self, polynomial: Polynomial, exponent: Exponent | float) -> Polynomial:
+        """polynomial ** exponent, for exact exponents."""
+        exponent = exact(exponent)
+        if exponent == 0:
+            return ONE
+        if exponent == 1:
+            return polynomial
+        if not polynomial.terms:
+            raise Opaque("a power of zero")
+        if len(polynomial.terms) == 1:
+            ((monomial, coefficient),) = polynomial.terms.items()
+            return self._power_of_monomial(monomial, coefficient, exponent)
+        if isinstance(exponent, int) and 0 < exponent <= 4:
+            result = polynomial
+            for _ in range(exponent - 1):
+                result = self.multiply(result, polynomial)
+            return result
+        lead = polynomial.terms[self._leading(polynomial)]
+        content = abs(lead)
+        base = self._sum(scaled(polynomial, inverse(content)))
+        return Polynomial({((base.id, exponent),): _number_power(content, exponent)})
+
+    def root(self, polynomial: Polynomial) -> Polynomial:
+        """The square root whose gradient at zero is zero (``norm``, ``std``)."""
+        if positive(self, polynomial):
+            return self.power(polynomial, Fraction(1, 2))
+        if len(polynomial.terms) == 1:
+            ((monomial, coefficient),) = polynomial.terms.items()
+            sizes = tuple(item for item in monomial if isinstance(self.bases[item[0]], Extent))
+            rest = tuple(item for item in monomial if item not in sizes)
+            outer = self._power_of_monomial(sizes, coefficient, Fraction(1, 2))
+            if not rest:
+                return outer
+            return self.multiply(outer, self._root(Polynomial({rest: 1})))
+        content = abs(polynomial.terms[self._leading(polynomial)])
+        inner = self._root(scaled(polynomial, inverse(content)))
+        return scaled(inner, _number_power(content, Fraction(1, 2)))
+
+    def absolute(self, polynomial: Polynomial) -> Polynomial:
+        """The absolute value."""
+        if nonnegative(self, polynomial):
+            return polynomial
+        if len(polynomial.terms) == 1:
+            ((monomial, coefficient),) = polynomial.terms.items()
+            if coefficient != 1:
+                return scaled(self.absolute(Polynomial({monomial: 1})), abs(coefficient))
+        return self.function("abs", polynomial, nonneg=True)
+
+    # -- inner workings ------------------------------------------------------------------------
+
+    def _sum(self, polynomial: Polynomial) -> Base:
+        key = ("sum", polynomial.key)
+        single = self._single(
+            key,
+            lambda i: Sum(i, *self._traits((polynomial,)), nonnegative(self, polynomial),
+                          self._level((polynomial,)), polynomial),
+        )  # fmt: skip
+        return self.bases[next(iter(single.bases()))]
+
+    def _root(self, polynomial: Polynomial) -> Polynomial:
+        return self.function("root", polynomial, nonneg=True)
+
+    def _merge(self, a: Monomial, b: Monomial) -> tuple[Monomial, list[Polynomial]]:
+        if not a or not b:
+            return a or b, []
+        exponents = dict(a)
+        expand: list[Polynomial] = []
+        for base_id, exponent in b:
+            old = exponents.get(base_id)
+            if old is None:
+                exponents[base_id] = exponent
+                continue
+            total = exact(old + exponent)
+            base = self.bases[base_id]
+            if (total == 0 or (old < 0) != (total < 0)) and not self._never_zero(base):
+                raise Opaque("a factor that may be zero cancels")
+            del exponents[base_id]
+            if isinstance(base, Sum) and isinstance(total, int) and total > 0:
+                expand.append(self.power(base.polynomial, total))
+            elif isinstance(base, Function) and base.name == "root" and abs(total) >= 2:
+                whole = int(total / 2)
+                expand.append(self.power(base.argument, whole))
+                if total - 2 * whole:
+                    exponents[base_id] = exact(total - 2 * whole)
+            elif total != 0:
+                exponents[base_id] = total
+        return tuple(sorted(exponents.items())), expand
+
+    def _never_zero(self, base: Base) -> bool:
+        if isinstance(base, Sum):
+            return positive(self, base.polynomial)
+        if isinstance(base, Function):
+            if base.name == "maximum":
+                return any(positive(self, a) for a in base.arguments)
+            return base.name in ("exp", "sigmoid") or (
+                base.name == "root" and positive(self, base.argument)
+            )
+        return (
+            isinstance(base, Extent)
+            and isinstance(base.size, sympy.Symbol)
+            and base.size.name.startswith("s")
+        )
+
+    def _power_of_monomial(
+        self, monomial: Monomial, coefficient: Number, exponent: Exponent
+    ) -> Polynomial:
+        if isinstance(exponent, int):
+            result = number(_number_power(coefficient, exponent))
+            for base_id, old in monomial:
+                factor = self._power_of_base(base_id, exact(old * exponent))
+                result = self.multiply(result, factor)
+            return result
+        if coefficient < 0:
+            base = self._sum(Polynomial({monomial: coefficient}))
+            return Polynomial({((base.id, exponent),): 1})
+        result = number(_number_power(coefficient, exponent))
+        rest: list[tuple[int, Exponent]] = []
+        for base_id, old in monomial:
+            base = self.bases[base_id]
+            total = exact(old * exponent)
+            if base.nonnegative or not isinstance(old, int):
+                result = self.multiply(result, self._power_of_base(base_id, total))
+            elif is_even(old):
+                magnitude = self.absolute(Polynomial({((base_id, 1),): 1}))
+                result = self.multiply(result, self.power(magnitude, total))
+            else:
+                rest.append((base_id, old))
+        if rest:
+            base = self._sum(Polynomial({tuple(rest): 1}))
+            result = self.multiply(result, Polynomial({((base.id, exponent),): 1}))
+        return result
+
+    def _power_of_base(self, base_id: int, exponent: Exponent) -> Polynomial:
+        base = self.bases[base_id]
+        if isinstance(base, Sum) and isinstance(exponent, int) and exponent > 0:
+            return self.power(base.polynomial, exponent)
+        is_root = isinstance(base, Function) and base.name == "root"
+        if is_root and isinstance(exponent, int) and abs(exponent) >= 2:
+            whole = int(exponent / 2)
+            rest = exponent - 2 * whole
+            squares = self.power(base.argument, whole)  # type: ignore[attr-defined]
+            return self.multiply(squares, Polynomial({((base_id, rest),): 1})) if rest else squares
+        return Polynomial({((base_id, exponent),): 1})
+
+    def _leading(self, polynomial: Polynomial) -> Monomial:
+        """The term that is scaled to one: a moment if there is any, never the constant."""
+
+        def rank(monomial: Monomial) -> tuple[bool, bool, Monomial]:
+            reduced = any(self.bases[b].moments for b, _ in monomial)
+            return (not monomial, not reduced, monomial)
+
+        return min(polynomial.terms, key=rank)
+
+    def _proportion(self, left: Polynomial, right: Polynomial) -> Number | None:
+        if not right.terms or left.terms.keys() != right.terms.keys():
+            return None
+        ratios = [left.terms[m] * inverse(right.terms[m]) for m in right.terms]
+        first = ratios[0]
+        close = all(abs(float(r - first)) <= 1e-13 * abs(float(first)) for r in ratios)
+        return first if close else None
+
+
+def _number_power(value: Number, exponent: Exponent) -> Number:
+    if value == 1:
+        return 1
+    if isinstance(exponent, int):
+        if exponent > 0:
+            return value**exponent
+        return inverse(value**-exponent)
+    return math.pow(float(value), float(exponent))

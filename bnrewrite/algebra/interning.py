@@ -1,0 +1,87 @@
+"""The bases of one graph: each formula part exists once, so equality is identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .axes import Axis, Dims, Size
+from .expression import Atom, Base, Function, Polynomial
+
+
+class Interning:
+    """Makes bases and knows their traits.
+
+    Args:
+        differentiable: whether a source carries a gradient; ``detach`` of one that does not is
+            the identity.
+    """
+
+    def __init__(self, differentiable: Callable[[Any], bool] = lambda source: True) -> None:
+        self.bases: list[Base] = []
+        self.differentiable = differentiable
+        self._interned: dict[tuple[object, ...], Base] = {}
+        self._order: dict[object, int] = {}
+        self._bound: dict[tuple[int, int, Size], Axis] = {}
+
+    def atom(
+        self,
+        source: object,
+        index: Dims,
+        *,
+        stopped: bool = False,
+        moments: frozenset[object] = frozenset(),
+    ) -> Polynomial:
+        """A tensor read at an index. ``moments``: what an opaque function of statistics holds."""
+        stopped = stopped and self.differentiable(source)
+        self._order.setdefault(source, len(self._order))
+        axes = frozenset(a for dim in index for a in dim)
+        raw = frozenset() if moments else frozenset((source,))
+        return self._single(
+            ("atom", source, index, stopped),
+            lambda i: Atom(i, axes, moments, raw, False, 0, source, index, stopped),
+        )
+
+    def function(self, name: str, *arguments: Polynomial, nonneg: bool = False) -> Polynomial:
+        """An uninterpreted function of polynomials."""
+        return self._single(
+            ("function", name, *(a.key for a in arguments)),
+            lambda i: Function(i, *self._traits(arguments), nonneg, self._level(arguments),
+                               name, arguments),
+        )  # fmt: skip
+
+    # -- traits --------------------------------------------------------------------------------
+
+    def axes(self, polynomial: Polynomial) -> frozenset[Axis]:
+        """The free axes."""
+        return frozenset().union(*(self.bases[b].axes for b in polynomial.bases()))
+
+    def moments(self, polynomial: Polynomial) -> frozenset[object]:
+        """The sources that are reduced somewhere inside."""
+        return frozenset().union(*(self.bases[b].moments for b in polynomial.bases()))
+
+    def raw(self, polynomial: Polynomial) -> frozenset[object]:
+        """The sources that stand outside every reduction."""
+        return frozenset().union(*(self.bases[b].raw for b in polynomial.bases()))
+
+    # -- inner workings ------------------------------------------------------------------------
+
+    def _single(self, key: tuple[object, ...], make: Callable[[int], Base]) -> Polynomial:
+        base = self._interned.get(key)
+        if base is None:
+            base = self._interned[key] = make(len(self.bases))
+            self.bases.append(base)
+        return Polynomial({((base.id, 1),): 1})
+
+    def _traits(
+        self, polynomials: Iterable[Polynomial]
+    ) -> tuple[frozenset[Axis], frozenset[object], frozenset[object]]:
+        polynomials = tuple(polynomials)
+        axes, moments, raw = (
+            frozenset().union(*(trait(p) for p in polynomials))
+            for trait in (self.axes, self.moments, self.raw)
+        )
+        return axes, moments, raw
+
+    def _level(self, polynomials: Iterable[Polynomial]) -> int:
+        return max((self.bases[b].level for p in polynomials for b in p.bases()), default=0)

@@ -1,0 +1,70 @@
+"""What autograd may keep of the values of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import torch
+from torch import fx
+
+_DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
+
+
+def differentiable_nodes(graph: fx.Graph, grad_enabled: bool) -> Set[fx.Node]:
+    """Nodes that autograd may record, placeholders that require a gradient among them."""
+    enabled, found = grad_enabled, set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta.get("example_value")
+            if node.meta.get("requires_grad", getattr(value, "requires_grad", False)):
+                found.add(node)
+        elif node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif node.op != "output" and enabled and node.target not in _DETACHING:
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def outlives(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
+    """Whether a value, or a view of it, may be saved for a backward or returned."""
+    return any(
+        user.op == "output"
+        or user in differentiable
+        or (_may_alias(user) and outlives(user, differentiable))
+        for user in node.users
+    )
+
+
+def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
+    """Whether a value that autograd records, or one that is returned as it is, is computed from it.
+
+    In a graph with updates in place, which have no users, every value may be.
+    """
+    graph = node.graph
+    if any(each.op == "call_method" or not _has_schema(each) for each in graph.nodes):
+        return bool(differentiable)
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user in differentiable:
+                return True
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return any(user.op == "output" for user in node.users)
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether a node's value may share the memory of its input."""
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True  # a method or function of a graph that is not canonical
+    return any(returned.alias_info is not None for returned in schema.returns)
+
+
+def _has_schema(node: fx.Node) -> bool:
+    """Whether a node is one of those that a canonical graph is made of."""
+    known = node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload)
+    return known or node.target is torch._C._set_grad_enabled or node.target.__name__ == "getitem"  # type: ignore[union-attr]

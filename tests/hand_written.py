@@ -1,0 +1,112 @@
+"""Hand-written norms that the tests of capture and of state run on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RowNorm(nn.Module):
+    """A LayerNorm over the last axis."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size) + 0.5)
+        self.bias = nn.Parameter(torch.rand(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = x.var(-1, unbiased=False, keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-5) * self.weight + self.bias
+
+
+class BatchNorm(nn.Module):
+    """A BatchNorm over the second axis; `update` says how its running statistics are kept."""
+
+    def __init__(self, channels: int, update: str = "rebind") -> None:
+        super().__init__()
+        self.update = update
+        self.weight = nn.Parameter(torch.rand(channels) + 0.5)
+        self.bias = nn.Parameter(torch.rand(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.num_batches_tracked: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        if self.training:
+            axes = [0, *range(2, x.dim())]
+            mean, variance = x.mean(axes), x.var(axes, unbiased=False)
+            self.num_batches_tracked += 1
+            count = x.numel() / x.size(1)
+            self.track(mean, variance * count / (count - 1))
+        else:
+            mean, variance = self.running_mean, self.running_var
+        y = (x - mean.view(shape)) / torch.sqrt(variance.view(shape) + 1e-5)
+        return y * self.weight.view(shape) + self.bias.view(shape)
+
+    def track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.update == "rebind":
+            self.running_mean = 0.9 * self.running_mean + 0.1 * mean
+            self.running_var = 0.9 * self.running_var + 0.1 * variance
+        elif self.update == "rebind detached":
+            self.running_mean = 0.9 * self.running_mean + 0.1 * mean.detach()
+            self.running_var = 0.9 * self.running_var + 0.1 * variance.detach()
+        elif self.update == "rebind without gradients":
+            with torch.no_grad():
+                self.running_mean = 0.9 * self.running_mean + 0.1 * mean
+                self.running_var = 0.9 * self.running_var + 0.1 * variance
+        elif self.update == "in place":
+            self.running_mean.mul_(0.9).add_(0.1 * mean)
+            self.running_var.mul_(0.9).add_(0.1 * variance)
+        elif self.update == "in place without gradients":
+            with torch.no_grad():
+                self.running_mean.mul_(0.9).add_(0.1 * mean)
+                self.running_var.mul_(0.9).add_(0.1 * variance)
+        elif self.update == "copy":
+            self.running_mean.copy_(0.9 * self.running_mean + 0.1 * mean.detach())
+            self.running_var.copy_(0.9 * self.running_var + 0.1 * variance.detach())
+        elif self.update == "lerp":
+            self.running_mean.lerp_(mean.detach(), 0.1)
+            self.running_var.lerp_(variance.detach(), 0.1)
+        elif self.update == "data":
+            self.running_mean.data = 0.9 * self.running_mean.data + 0.1 * mean.data
+            self.running_var.data = 0.9 * self.running_var.data + 0.1 * variance.data
+        elif self.update == "data in place":
+            self.running_mean.data.mul_(0.9).add_(mean.data, alpha=0.1)
+            self.running_var.data.mul_(0.9).add_(variance.data, alpha=0.1)
+        else:
+            assert self.update == "cumulative average"
+            factor = 1.0 / float(self.num_batches_tracked)
+            with torch.no_grad():
+                self.running_mean = factor * mean + (1 - factor) * self.running_mean
+                self.running_var = factor * variance + (1 - factor) * self.running_var
+
+
+UPDATES = (
+    "rebind",
+    "rebind detached",
+    "rebind without gradients",
+    "in place",
+    "in place without gradients",
+    "copy",
+    "lerp",
+    "data",
+    "data in place",
+    "cumulative average",
+)
+
+
+class Net(nn.Module):
+    """A convolution, a hand-written BatchNorm, a ReLU."""
+
+    def __init__(self, channels: int = 4, update: str = "rebind") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3)
+        self.norm = BatchNorm(channels, update)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))

@@ -1,0 +1,494 @@
+"""`optimize` returns the user's own object, and whatever is done with a module goes on working."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnrewrite
+from bnrewrite.capture.backend import Compiler
+from bnrewrite.capture.hook import KEY
+from hand_written import Net, RowNorm
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of rewritten sites at each graph that is compiled."""
+    seen: list[int] = []
+    compile_graph = Compiler.__call__
+
+    def counting(self: Compiler, *args: Any) -> Any:
+        self.observe = lambda look: seen.append(
+            sum(site.status == "rewritten" for site in look.sites)
+        )
+        return compile_graph(self, *args)
+
+    monkeypatch.setattr(Compiler, "__call__", counting)
+    return seen
+
+
+def images(size: int = 4) -> Tensor:
+    return torch.randn(size, 3, 8, 8)
+
+
+def optimised(**switches: Any) -> Net:
+    return bnrewrite.optimize(Net(), **{"backend": "eager", **switches})
+
+
+def same(model: Any, other: Any, x: Tensor) -> None:
+    torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_object_comes_back() -> None:
+    model = Net()
+    keys, attributes = list(model.state_dict()), set(vars(model))
+    back = bnrewrite.optimize(model, backend="eager")
+    assert back is model and type(back) is Net
+    back(images())
+    assert list(back.state_dict()) == keys
+    mine = {name for name in set(vars(back)) - attributes if not name.startswith("___")}
+    assert mine == {KEY}  # Dynamo's own marks have three underscores
+    assert repr(back) == repr(Net())
+
+
+def test_other_instances_of_the_class_are_not_optimised(compiled_graphs: list[int]) -> None:
+    optimised()
+    Net()(images())
+    assert compiled_graphs == []
+
+
+def test_a_model_is_rewritten_once_per_mode(compiled_graphs: list[int]) -> None:
+    model = optimised()
+    for _ in range(4):
+        model.train()(images())
+        model.eval()(images())
+    assert compiled_graphs == [1, 1]
+
+
+def test_sizes_that_change_need_one_more_graph(compiled_graphs: list[int]) -> None:
+    model = optimised()
+    for size in range(2, 12):
+        model(images(size))
+    assert len(compiled_graphs) <= 2
+
+
+def test_models_of_one_class_do_not_use_up_each_others_recompilations(
+    compiled_graphs: list[int],
+) -> None:
+    limit = torch._dynamo.config.recompile_limit
+    for channels in range(2, limit + 5):
+        model = bnrewrite.optimize(RowNorm(channels), backend="eager")
+        model(torch.randn(2, channels))
+    assert compiled_graphs == [1] * (limit + 3)
+
+
+def test_a_deep_copy_is_optimised_and_has_its_own_tensors(compiled_graphs: list[int]) -> None:
+    model = optimised()
+    model(images())
+    twin = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        twin.norm.weight.fill_(7.0)
+    users = Net()
+    users.load_state_dict(twin.state_dict())
+    x = images()
+    same(twin, users, x)
+    assert compiled_graphs == [1]  # the copy shares the compiled call
+    torch.testing.assert_close(dict(model.state_dict()), before)
+    torch.testing.assert_close(dict(twin.state_dict()), dict(users.state_dict()))
+
+
+def test_a_replica_of_data_parallel_runs_with_its_own_tensors() -> None:
+    model = optimised()
+    x = images()
+    model.eval()(x)
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        twin = child._replicate_for_data_parallel()
+        setattr(replica, name, twin)
+        for each, value in child._parameters.items():
+            setattr(twin, each, torch.full_like(value, 7.0))
+        for each, value in child._buffers.items():
+            setattr(twin, each, value.clone())
+    users = Net().eval()
+    users.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in users.parameters():
+            parameter.fill_(7.0)
+    same(replica, users, x)
+
+
+def test_an_averaged_copy_is_optimised() -> None:
+    model = optimised()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    model(images())
+    average.update_parameters(model)
+    users = Net()
+    users.load_state_dict(average.module.state_dict())
+    same(average, users, images())
+
+
+def test_a_pickled_model_is_optimised_when_it_comes_back(compiled_graphs: list[int]) -> None:
+    model = optimised()
+    model(images())
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    back = torch.load(file, weights_only=False)
+    same(back, model, images())
+    assert compiled_graphs == [1, 1]
+    assert isinstance(back, Net)
+
+
+def test_a_saved_model_loads_without_bnrewrite(tmp_path: Path) -> None:
+    model = optimised()
+    model(images())
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    script = (
+        "import sys, torch\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] == 'bnrewrite': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        f"model.load_state_dict(torch.load({str(tmp_path / 'weights.pt')!r}))\n"
+        "print(tuple(model(torch.ones(2, 3, 8, 8)).shape))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "(2, 4, 6, 6)", done.stderr
+
+
+def test_hooks_fire_once_per_call() -> None:
+    model = optimised()
+    calls: list[str] = []
+    model.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    model.register_forward_hook(lambda *_: calls.append("forward"))
+    model.norm.register_forward_hook(lambda *_: calls.append("inner"))
+    model.register_full_backward_hook(lambda *_: calls.append("backward"))
+    for _ in range(3):
+        model(images().requires_grad_()).sum().backward()
+    assert sorted(calls) == sorted(["pre", "forward", "inner", "backward"] * 3)
+
+
+def test_a_hook_that_is_added_later_fires_and_can_be_removed() -> None:
+    model = optimised()
+    model(images())
+    seen: list[int] = []
+    handle = model.norm.register_forward_hook(lambda *_: seen.append(1))
+    model(images())
+    handle.remove()
+    model(images())
+    assert seen == [1]
+
+
+def test_the_model_can_be_moved_to_another_dtype() -> None:
+    model = optimised()
+    model(images())
+    users = Net()
+    users.load_state_dict(model.state_dict())
+    model.double()
+    users.double()
+    same(model, users, images().double())
+
+
+def test_optimize_again_replaces_the_options(compiled_graphs: list[int]) -> None:
+    model = optimised()
+    model(images())
+    again = bnrewrite.optimize(model, backend="eager", disable=["batch_norm"])
+    assert again is model
+    model(images())
+    assert compiled_graphs == [1, 0]
+
+
+def test_it_takes_the_place_of_an_earlier_compile(compiled_graphs: list[int]) -> None:
+    model = Net()
+    model.compile(backend="eager")
+    bnrewrite.optimize(model, backend="eager")(images())
+    assert compiled_graphs == [1]
+
+
+def test_an_optimised_module_inside_a_compiled_and_an_optimised_one(
+    compiled_graphs: list[int],
+) -> None:
+    inner = optimised()
+    outer = nn.Sequential(inner, nn.ReLU())
+    users = copy.deepcopy(outer)
+    del users[0].__dict__[KEY]
+    x = images()
+    same(torch.compile(outer, backend="eager"), users, x)
+    assert compiled_graphs == []  # the user's compile sees the user's code
+    same(bnrewrite.optimize(outer, backend="eager"), users, x)
+    assert compiled_graphs == [1]
+    same(outer[0], users[0], x)
+
+
+def test_an_optimised_module_in_a_model_that_is_not(compiled_graphs: list[int]) -> None:
+    outer = nn.Sequential(nn.Conv2d(3, 3, 1), optimised())
+    outer(images()).sum().backward()
+    assert compiled_graphs == [1]
+
+
+def test_shared_modules_and_tied_parameters() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = RowNorm(8)
+            self.b = self.a
+            self.c = RowNorm(8)
+            self.c.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)).sin())
+
+    users = Shared()
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    x = torch.randn(4, 8)
+    for each in (users, model):
+        each(x).pow(3).sum().backward()
+    same(model, users, x)
+    torch.testing.assert_close(model.a.weight.grad, users.a.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_norm_with_statistics_is_updated_twice() -> None:
+    norm = Net().norm
+    users = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU(), norm)
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    for _ in range(3):
+        x = images()
+        same(model, users, x)
+    torch.testing.assert_close(dict(model.state_dict()), dict(users.state_dict()))
+
+
+def test_parametrizations() -> None:
+    users = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), RowNorm(8))
+    nn.utils.parametrizations.weight_norm(users[0], "bias", dim=None)
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    for _ in range(3):
+        x = torch.randn(4, 8)
+        for each in (users, model):
+            each(x).pow(3).sum().backward()
+        same(model, users, x)
+    for mine, theirs in zip(model.parameters(), users.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_threads() -> None:
+    model = optimised().eval()
+    users = Net().eval()
+    users.load_state_dict(model.state_dict())
+    x = images()
+    results: list[Tensor] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                results.append(model(x))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    for result in results:
+        torch.testing.assert_close(result, users(x), rtol=1e-4, atol=1e-5)
+
+
+def row_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Docstring of the user's."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + eps)
+
+
+def test_a_function_comes_back_as_a_function(compiled_graphs: list[int]) -> None:
+    fast = bnrewrite.optimize(row_norm, backend="eager")
+    assert fast.__name__ == "row_norm" and fast.__doc__ == row_norm.__doc__
+    x = torch.randn(3, 8)
+    same(fast, row_norm, x)
+    torch.testing.assert_close(fast(x, eps=1.0), row_norm(x, eps=1.0))
+    again = bnrewrite.optimize(fast, backend="eager")
+    same(again, row_norm, x)
+    partial = functools.partial(row_norm, eps=1.0)
+    same(bnrewrite.optimize(partial, backend="eager"), partial, x)
+
+
+def test_methods_and_closures_are_functions(compiled_graphs: list[int]) -> None:
+    norm = RowNorm(8)
+    x = torch.randn(3, 8)
+    same(bnrewrite.optimize(norm.forward, backend="eager"), norm, x)
+    eps = 1e-5
+    same(bnrewrite.optimize(lambda x: row_norm(x, eps), backend="eager"), row_norm, x)
+    assert compiled_graphs == [1, 1]
+
+
+class Callable_:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (3, "optimize takes a torch.nn.Module or a function, not a int"),
+        (Net, "optimize takes a torch.nn.Module or a function, not a type"),
+        (None, "not a NoneType"),
+        (Callable_(), "not a Callable_"),
+        ([nn.Linear(2, 2)], "not a list"),
+    ],
+)
+def test_what_is_no_model_is_refused(model: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        bnrewrite.optimize(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_refused() -> None:
+    for model in (torch.jit.script(nn.Linear(2, 2)), torch.jit.script(row_norm)):
+        with pytest.raises(TypeError, match="is compiled already"):
+            bnrewrite.optimize(model)
+        with pytest.raises(TypeError, match="is compiled already"):
+            bnrewrite.explain(model, torch.randn(2, 2))
+
+
+def test_a_compiled_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="is what torch.compile returned"):
+        bnrewrite.optimize(torch.compile(Net()))
+
+
+@pytest.mark.parametrize(
+    ("switches", "error", "sentence"),
+    [
+        ({"backend": "egaer"}, ValueError, "backend is 'egaer'; it is one of"),
+        ({"backend": print}, TypeError, "backend is a builtin_function_or_method"),
+        ({"disable": ["fodl"]}, ValueError, "disable names 'fodl', which is no pass"),
+        ({"only": ["layernorm"]}, ValueError, "only names 'layernorm'; it takes site numbers"),
+        ({"only": [-1]}, ValueError, "only names -1"),
+        ({"kernels": "fast"}, ValueError, "kernels is 'fast'"),
+    ],
+)
+def test_a_switch_that_does_not_exist_is_refused(
+    switches: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        bnrewrite.optimize(Net(), **switches)
+
+
+def test_the_backend_by_name(compiled_graphs: list[int]) -> None:
+    model = Net()
+    users = copy.deepcopy(model)
+    options = {"backend": "eager"}
+    same(torch.compile(model, backend="bnrewrite", options=options), users, images())
+    assert compiled_graphs == [1]
+    with pytest.raises(Exception, match="bnrewrite has no option 'speed'"):
+        torch.compile(Net(), backend="bnrewrite", options={"speed": 1})(images())
+
+
+def test_an_optimised_model_can_be_traced_scripted_and_exported() -> None:
+    model = bnrewrite.optimize(RowNorm(8), backend="eager")
+    x = torch.randn(2, 8)
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    for strict in (True, False):
+        program = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+
+
+def test_vmap_runs_the_users_code() -> None:
+    users = RowNorm(8)
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    x = torch.randn(5, 3, 8)
+    torch.testing.assert_close(torch.vmap(model)(x), torch.vmap(users)(x))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: model(x).pow(3).sum())(x),
+        torch.func.grad(lambda x: users(x).pow(3).sum())(x),
+    )
+    fast = bnrewrite.optimize(row_norm, backend="eager")
+    torch.testing.assert_close(torch.vmap(fast)(x), torch.vmap(row_norm)(x))
+
+
+def test_functional_call() -> None:
+    users = RowNorm(8)
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    x = torch.randn(3, 8)
+    weights = {name: torch.randn(8) for name, _ in users.named_parameters()}
+    torch.testing.assert_close(
+        torch.func.functional_call(model, weights, (x,)),
+        torch.func.functional_call(users, weights, (x,)),
+    )
+
+
+def test_double_backward() -> None:
+    users = RowNorm(8).double()
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    x = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    second = []
+    for each in (users, model):
+        (first,) = torch.autograd.grad(each(x).pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
+    torch.testing.assert_close(second[1], second[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (1, 8), (2, 3, 8), (8,)])
+def test_shapes_at_the_edge(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    users = RowNorm(shape[-1])
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    torch.testing.assert_close(model(x), users(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_exceptional_values(value: float) -> None:
+    x = torch.randn(3, 8)
+    x[1] = value
+    users = RowNorm(8)
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    torch.testing.assert_close(model(x), users(x), equal_nan=True)
+
+
+def test_an_empty_batch_of_images() -> None:
+    users = Net()
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    for x in (images(0), images(4), images(1)):
+        torch.testing.assert_close(model(x), users(x), equal_nan=True, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(model.state_dict()), dict(users.state_dict()), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_tensors(dtype: torch.dtype) -> None:
+    def center(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.abs().pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    x = torch.randn(3, 8, dtype=dtype)
+    same(bnrewrite.optimize(center, backend="eager"), center, x)
+
+
+def test_integer_tensors_raise_as_the_users_code_does() -> None:
+    fast = bnrewrite.optimize(row_norm, backend="eager")
+    x = torch.arange(8).view(2, 4)
+    with pytest.raises(RuntimeError) as users:
+        row_norm(x)
+    with pytest.raises(RuntimeError) as mine:
+        fast(x)
+    assert str(mine.value) == str(users.value)
+    same(fast, row_norm, torch.randn(2, 4))
