@@ -1,13 +1,16 @@
 """How time and memory are measured here, in one place.
 
-Time: the candidates take turns within every round, in an order that rotates, so that a machine that
-slows down slows all of them. The figure is a median, a ratio the median of the rounds' own ratios.
+Time: the candidates take turns within every round, so that a machine that slows down slows all of
+them, in random order and each behind a call of its own that is not timed: what ran before decides
+what is in the caches and what the allocator has at hand, and cost up to three times the norm itself
+(GroupNorm, 32x64x56x56, CPU). The figure is a median, a ratio the median of the rounds' own ratios.
 
 Memory: what autograd keeps for the backward, counted exactly through `saved_tensors_hooks`, each
 storage once.
 """
 
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +19,8 @@ from statistics import median, quantiles
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+Clock = Callable[[], float]
 
 SHORTEST_SAMPLE = (
     2e-3  # seconds; shorter calls are repeated, the clock and the loop would count otherwise
@@ -55,6 +60,7 @@ def interleaved(
     rounds: int = 31,
     warmup: int = 3,
     device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time the candidates in turns.
 
@@ -63,27 +69,29 @@ def interleaved(
         rounds: how many samples each gets, at least 2.
         warmup: calls of each before the first sample (compiling, caches, the allocator).
         device: whose queue is waited for.
+        clock: `time.process_time` on a CPU that is shared and with one thread: it stands still
+            while other processes run.
 
     Returns:
         name -> seconds per call, one entry per round.
     """
-    repeats = {name: _repeats(call, warmup, device) for name, call in candidates.items()}
+    repeats = {name: _repeats(call, warmup, device, clock) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
+    order, shuffle = list(candidates), random.Random(0).shuffle
     for _ in range(rounds):
+        shuffle(order)
         for name in order:
-            samples[name].append(_sample(candidates[name], repeats[name], device))
-        order.append(order.pop(0))
+            samples[name].append(_sample(candidates[name], repeats[name], device, clock))
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
-def saved_bytes(call: Callable[[], object], owned: Iterable[torch.Tensor] = ()) -> int:
+def saved_bytes(call: Callable[[], object], parameters: Iterable[torch.Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward of what `call` computes.
 
     Args:
         call: a forward pass; its result is dropped.
-        owned: tensors that exist anyway (parameters, buffers); saving them costs nothing. What is
-            saved as a copy of one of them counts.
+        parameters: not counted, they exist anyway. A buffer counts, live or copied: that a
+            backward must see its old value is why it is saved.
 
     Returns:
         The sum over the distinct storages that were saved, whole storages, in bytes.
@@ -97,7 +105,7 @@ def saved_bytes(call: Callable[[], object], owned: Iterable[torch.Tensor] = ()) 
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
-    free = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    free = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     return sum(storage.nbytes() for address, storage in kept.items() if address not in free)
 
 
@@ -114,20 +122,25 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     }
 
 
-def _repeats(call: Callable[[], object], warmup: int, device: torch.device | str) -> int:
+def _repeats(
+    call: Callable[[], object], warmup: int, device: torch.device | str, clock: Clock
+) -> int:
     for _ in range(warmup):
         call()
-    once = min(_sample(call, 1, device) for _ in range(3))
+    once = min(_sample(call, 1, device, clock) for _ in range(3))
     return max(1, round(SHORTEST_SAMPLE / once))
 
 
-def _sample(call: Callable[[], object], repeats: int, device: torch.device | str) -> float:
+def _sample(
+    call: Callable[[], object], repeats: int, device: torch.device | str, clock: Clock
+) -> float:
+    call()
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
     synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _processor() -> str:

@@ -3,12 +3,13 @@
     python -m benchmarks.norms      every case; writes norms.{json,md,png} to benchmarks/results
     python -m benchmarks.norms --only batch_norm --rounds 11 --output elsewhere
 
-A case is a norm at a shape and a memory layout, in training (forward and backward: time per step,
+A case is a norm at a size and a memory layout, in training (forward and backward: time per step,
 bytes kept for the backward) and in evaluation (forward only).
 """
 
 import argparse
-import copy
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,55 +20,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import bnrewrite
-from benchmarks import hand_written
-from benchmarks.measure import interleaved, machine, saved_bytes
+from benchmarks.cases import HAND, NATIVE, NORMS, OPTIMISED, PEERS, Case, cases
+from benchmarks.measure import Clock, interleaved, machine, saved_bytes
 from benchmarks.tables import RESULTS, Results
 
-PEERS = ("hand-written", "native", "optimised")
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm in its two forms, and the shapes that it is measured at."""
-
-    name: str
-    hand: Callable[[int], nn.Module]  # from the number of channels
-    native: Callable[[int], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]  # channels: axis 1 of rank 4, else the last axis
-
-
-IMAGES = ((32, 64, 56, 56), (8, 256, 14, 14), (2, 16, 8, 8))
-TOKENS = ((8, 512, 768), (4, 128, 256), (2, 8, 64))
-
-NORMS = (
-    Norm(
-        "batch_norm + relu",
-        lambda channels: nn.Sequential(hand_written.BatchNorm(channels), nn.ReLU()),
-        lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()),
-        IMAGES,
-    ),
-    Norm("layer_norm", hand_written.LayerNorm, nn.LayerNorm, TOKENS),
-    Norm("rms_norm", hand_written.RMSNorm, lambda features: nn.RMSNorm(features, eps=1e-6), TOKENS),
-    Norm(
-        "group_norm",
-        lambda channels: hand_written.GroupNorm(8, channels),
-        lambda channels: nn.GroupNorm(8, channels),
-        IMAGES,
-    ),
-    Norm(
-        "l2_normalize",
-        lambda channels: hand_written.L2Normalize(-1),
-        lambda channels: hand_written.NativeL2Normalize(-1),
-        TOKENS,
-    ),
-    Norm(
-        "l2_normalize (channels)",
-        lambda channels: hand_written.L2Normalize(1),
-        lambda channels: hand_written.NativeL2Normalize(1),
-        IMAGES,
-    ),
-)
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -75,7 +32,7 @@ class Result:
     """One case: milliseconds per peer, ratios of the optimised one, bytes saved for backward."""
 
     norm: str
-    shape: tuple[int, ...]
+    size: str
     layout: str
     mode: str
     milliseconds: dict[str, float]
@@ -83,7 +40,7 @@ class Result:
     over_native: float
     over_hand_written: float
     saved: dict[str, int] | None  # None in evaluation
-    lowerings: tuple[str, ...]
+    lowerings: dict[str, int]  # how many sites became what
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
@@ -92,30 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--only", help="norms whose name contains this")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="process: one thread on a busy CPU"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-
-    cases = [
-        (norm, shape, layout, mode)
-        for norm in NORMS
-        if options.only is None or options.only in norm.name
-        for shape in norm.shapes
-        for layout in (LAYOUTS if len(shape) == 4 else ("contiguous",))
-        for mode in ("train", "eval")
-    ]
-    if not cases:
+    chosen, console = list(cases(options.only)), Console()
+    if not chosen:
         parser.error(f"no norm's name contains {options.only!r}: {[n.name for n in NORMS]}")
-    console = Console()
+
     results = [
-        run_case(*case, rounds=options.rounds, device=options.device)
-        for case in track(cases, "measuring", console=console, transient=True)
+        measure(case, rounds=options.rounds, device=options.device, clock=CLOCKS[options.clock])
+        for case in track(chosen, "measuring", console=console, transient=True)
     ]
     table = Results(
         name="norms",
         headings=HEADINGS,
         rows=[_cells(result) for result in results],
         records=[asdict(result) for result in results],
-        remark="Medians of interleaved rounds; ratios are medians of the rounds' ratios.",
+        remark="Medians of interleaved rounds; ratios are medians of the rounds' ratios. "
+        '"16 on" a shape is a stack of sixteen norms in one model.',
         device=options.device,
     )
     table.show(console)
@@ -125,67 +78,39 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     return results
 
 
-def run_case(
-    norm: Norm, shape: tuple[int, ...], layout: str, mode: str, *, rounds: int, device: str
-) -> Result:
-    """Build the three peers with equal parameters, check that they agree, time them in turns."""
+def measure(case: Case, *, rounds: int, device: str, clock: Clock) -> Result:
+    """Check that the peers of a case agree, and time them in turns."""
     torch.manual_seed(0)
-    training = mode == "train"
-    x, cotangent = (_input(shape, layout, device) for _ in range(2))
-    _check_agreement(_peers(norm, x.double(), training=training), x.double())
-    peers = _peers(norm, x, training=training)
-    with torch.set_grad_enabled(training):
-        report = bnrewrite.explain(peers["hand-written"], x.requires_grad_(training))
+    x, cotangent = case.tensor(device), case.tensor(device)
+    case.check(x)
+    peers = case.peers(x)
+    with torch.set_grad_enabled(case.training):
+        report = bnrewrite.explain(peers[HAND], x.requires_grad_(case.training))
         calls = {
-            name: _training_step(peer, x, cotangent) if training else _call(peer, x)
+            name: _training_step(peer, x, cotangent) if case.training else _forward(peer, x)
             for name, peer in peers.items()
         }
-        timings = interleaved(calls, rounds=rounds, device=device)
+        timings = interleaved(calls, rounds=rounds, device=device, clock=clock)
     saved = None
-    if training:
+    if case.training:
         saved = {
-            name: saved_bytes(_call(peer, x), [*peer.parameters(), *peer.buffers()])
-            for name, peer in peers.items()
+            name: saved_bytes(_forward(peer, x), peer.parameters()) for name, peer in peers.items()
         }
-    optimised = timings["optimised"]
     return Result(
-        norm=norm.name,
-        shape=shape,
-        layout=layout,
-        mode=mode,
+        norm=case.norm.name,
+        size=str(case.size),
+        layout=case.layout,
+        mode="train" if case.training else "eval",
         milliseconds={name: timing.median * 1e3 for name, timing in timings.items()},
         spread={name: timing.spread for name, timing in timings.items()},
-        over_native=optimised.ratio(timings["native"]),
-        over_hand_written=optimised.ratio(timings["hand-written"]),
+        over_native=timings[OPTIMISED].ratio(timings[NATIVE]),
+        over_hand_written=timings[OPTIMISED].ratio(timings[HAND]),
         saved=saved,
-        lowerings=tuple(site.lowering or "left" for site in report.sites),
+        lowerings=dict(Counter(site.lowering or "left" for site in report.sites)),
     )
 
 
-def _input(shape: tuple[int, ...], layout: str, device: str) -> Tensor:
-    x = torch.randn(shape, device=device)
-    return x.contiguous(memory_format=LAYOUTS[layout]) if len(shape) == 4 else x
-
-
-def _peers(norm: Norm, x: Tensor, *, training: bool) -> dict[str, nn.Module]:
-    channels = x.shape[1] if x.dim() == 4 else x.shape[-1]
-    hand = norm.hand(channels).to(x.device, x.dtype).train(training)
-    native = norm.native(channels).to(x.device, x.dtype).train(training)
-    for own, given in zip(native.parameters(), hand.parameters(), strict=True):
-        own.data.copy_(given.data.normal_().reshape(own.shape))
-    torch.compiler.reset()  # else the second shape of a norm turns its graph dynamic
-    optimised = bnrewrite.optimize(copy.deepcopy(hand), backend="eager")
-    return {"hand-written": hand, "native": native, "optimised": optimised}
-
-
-def _check_agreement(peers: dict[str, nn.Module], x: Tensor) -> None:
-    """Raise where the peers are not one formula; in float64, where a spelling's rounding is small."""
-    expected = peers["native"](x)
-    for name in ("hand-written", "optimised"):
-        torch.testing.assert_close(peers[name](x), expected, msg=f"{name}: not what native gives")
-
-
-def _call(peer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def _forward(peer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: peer(x)
 
 
@@ -197,7 +122,7 @@ def _training_step(peer: nn.Module, x: Tensor, cotangent: Tensor) -> Callable[[]
 
 HEADINGS = (
     "norm",
-    "shape",
+    "size",
     "layout",
     "mode",
     *(f"{peer} ms" for peer in PEERS),
@@ -212,14 +137,14 @@ def _cells(result: Result) -> list[str]:
     saved = result.saved
     return [
         result.norm,
-        "x".join(map(str, result.shape)),
+        result.size,
         result.layout,
         result.mode,
         *(f"{result.milliseconds[peer]:.3g}" for peer in PEERS),
         f"{result.over_native:.2f}",
         f"{result.over_hand_written:.2f}",
         "" if saved is None else " / ".join(f"{saved[peer] / 2**20:.3g}" for peer in PEERS),
-        ", ".join(result.lowerings),
+        ", ".join(f"{number} {lowering}" for lowering, number in result.lowerings.items()),
     ]
 
 
@@ -229,17 +154,16 @@ def _plot(results: list[Result], path: Path, device: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    labels = [
-        f"{result.norm}, {'x'.join(map(str, result.shape))}, {result.layout}, {result.mode}"
-        for result in results
-    ]
+    labels = [f"{each.norm}, {each.size}, {each.layout}, {each.mode}" for each in results]
     rows = range(len(results))
-    figure, axes = pyplot.subplots(figsize=(10, 0.32 * len(results) + 1.5), layout="constrained")
-    for offset, peer in zip((-0.2, 0.2), ("hand-written", "optimised"), strict=True):
-        ratios = [result.milliseconds[peer] / result.milliseconds["native"] for result in results]
+    figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(results) + 1.5), layout="constrained")
+    for offset, peer in zip((-0.2, 0.2), (HAND, OPTIMISED), strict=True):
+        ratios = [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
         axes.barh([row + offset for row in rows], ratios, height=0.38, label=peer)
     axes.axvline(1.0, color="black", linewidth=1, label="native = 1")
+    axes.set_xscale("log")
     axes.set_yticks(rows, labels, fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("time relative to the native module (less is faster)")
     axes.set_title(device, fontsize=9)

@@ -2,13 +2,14 @@
 
     python -m benchmarks.readme
 
-It shows the training rows of each norm's first shape; a test checks that it shows nothing else.
+It shows the training rows of each norm's first size; a test checks that it shows nothing else.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import PEERS
 from benchmarks.tables import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
@@ -47,11 +48,11 @@ def with_table(text: str) -> str:
 def _measured() -> str:
     record = json.loads((RESULTS / "norms.json").read_text(encoding="utf-8"))
     where = record["machine"]
-    shapes: dict[str, list[int]] = {}
+    sizes: dict[str, str] = {}
     rows = []
     for result in record["results"]:
-        first = shapes.setdefault(result["norm"], result["shape"])
-        if result["mode"] == "train" and result["shape"] == first:
+        first = sizes.setdefault(result["norm"], result["size"])
+        if result["mode"] == "train" and result["size"] == first:
             rows.append(_row(result))
     origin = f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
     return f"{markdown(HEADINGS, rows)}\n\n{origin}; `make benchmark` measures it again."
@@ -59,13 +60,12 @@ def _measured() -> str:
 
 def _row(result: dict[str, Any]) -> list[str]:
     layout = "" if result["layout"] == "contiguous" else f", {result['layout']}"
-    name = f"{result['norm']}, {'x'.join(map(str, result['shape']))}{layout}"
-    peers = ("hand-written", "native", "optimised")
+    name = f"{result['norm']}, {result['size']}{layout}"
     return [
         name,
-        *(f"{result['milliseconds'][peer]:.3g} ms" for peer in peers),
+        *(f"{result['milliseconds'][peer]:.3g} ms" for peer in PEERS),
         f"{result['over_native']:.2f}",
-        *(f"{result['saved'][peer] / 2**20:.3g} MiB" for peer in peers),
+        *(f"{result['saved'][peer] / 2**20:.3g} MiB" for peer in PEERS),
     ]
 
 

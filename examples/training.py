@@ -64,7 +64,9 @@ def train_alone(net: nn.Module, digits: Digits, epochs: int) -> None:
 @torch.no_grad()
 def accuracy(net: nn.Module, digits: Digits) -> float:
     """The share of unseen images that the net names correctly, with its running statistics."""
-    predicted = [net(images, TESTING).argmax(1) for images in digits.test_images.split(BATCH)]
+    predicted = [
+        net(images, TESTING).argmax(1) for images in torch.split(digits.test_images, BATCH)
+    ]
     return float((torch.cat(predicted) == digits.test_labels).float().mean())
 
 

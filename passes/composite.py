@@ -40,7 +40,7 @@ def _divided(writing: Writing) -> Value | None:
     """x over the user's own denominator, where an uncentred norm has one."""
     found, ring = writing.match, writing.reading.ring
     coefficients = set(found.weight.terms.values())
-    if found.centred or not found.part or len(coefficients) != 1:
+    if found.inner.terms or not found.part or len(coefficients) != 1:
         return None
     ratio = ring.power(Polynomial({found.part: coefficients.pop()}), -1)
     denominator = writing.emitter.reused(ratio)

@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Axis, Dims, Opaque, Size, axes_of, product, size_of
+from bnrewrite.algebra.calls import dtype_of
 from bnrewrite.algebra.expression import (
     Atom,
     Base,
@@ -27,6 +28,7 @@ from bnrewrite.algebra.expression import (
     Reduction,
     Sum,
     added,
+    factor_of,
     normalised,
 )
 from bnrewrite.algebra.ring import Ring
@@ -34,7 +36,7 @@ from bnrewrite.algebra.site import Moments
 
 aten = torch.ops.aten
 Value = fx.Node | float | int
-Reusable = dict[Any, tuple[fx.Node, Dims, Number]]
+Reusable = dict[Any, tuple[fx.Node, Dims, Number, bool]]
 
 
 class Unwritable(Exception):
@@ -149,13 +151,14 @@ class Emitter:
 
     def reused(self, polynomial: Polynomial) -> Value | None:
         """A node of the user's with this meaning, up to a number."""
-        if self.given and not _is_root(self.ring, polynomial) and self._has_mean(polynomial):
-            return None
         unit, lead = normalised(polynomial)
         entry = self.reusable.get(unit.key)
         if entry is None:
             return None
-        node, dims, coefficient = entry
+        node, dims, coefficient, direct = entry
+        if not direct and self.given and self._has_mean(polynomial):
+            if not _is_root(self.ring, polynomial):
+                return None
         try:
             placed = self.place(node, dims)
         except Unwritable:
@@ -181,12 +184,12 @@ class Emitter:
 
     def _sum(self, polynomial: Polynomial) -> Value:
         for moments, variance in self.variances:
-            ((square, _),) = moments.square.terms.items()
-            lead = polynomial.terms.get(square)
-            if lead is not None:
-                rest = added(polynomial, moments.variance(self.ring), -lead)
-                if square not in rest.terms and len(rest.terms) < len(polynomial.terms):
-                    return self.plus(self.times(variance(), lead), self.tensor(rest))
+            lead = factor_of(polynomial, moments.square.bases().pop())
+            if lead.terms:
+                spread = self.ring.multiply(lead, moments.variance(self.ring))
+                rest = added(polynomial, spread, -1)
+                if len(rest.terms) < len(polynomial.terms):
+                    return self.plus(self.times(variance(), self.tensor(lead)), self.tensor(rest))
         total: Value = 0
         positive_first = sorted(polynomial.terms.items(), key=lambda item: item[1] < 0)
         for monomial, coefficient in positive_first:
@@ -291,6 +294,8 @@ class Emitter:
         if not isinstance(base.source.meta.get("val"), torch.Tensor):
             return base.source
         node = self.call(aten.detach.default, base.source) if base.stopped else base.source
+        if not node.meta["val"].dtype.is_floating_point:
+            node = self.call(aten.to.dtype, node, dtype_of(self.before))
         return self.place(node, base.index)
 
     def _function(self, base: Function) -> Value:

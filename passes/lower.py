@@ -14,7 +14,7 @@ from torch import fx
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Opaque, axes_of
 from bnrewrite.algebra.calls import is_tensor
-from bnrewrite.algebra.expression import normalised
+from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
 
 from .composite import write_composite
@@ -48,6 +48,7 @@ class _Statistics:
         self.reading = rewriting.reading
         self.nodes = iter(list(rewriting.graph.nodes))
         self.known: Reusable = {}
+        self.direct: set[fx.Node] = set()
 
     def before(self, site: fx.Node) -> Reusable:
         for node in self.nodes:
@@ -65,7 +66,27 @@ class _Statistics:
             return
         if not ring.raw(value) & self.reading.anchors:
             unit, lead = normalised(value)
-            self.known.setdefault(unit.key, (node, meaning.dims, lead))
+            if self._is_direct(node):
+                self.direct.add(node)
+            entry = (node, meaning.dims, lead, node in self.direct)
+            self.known.setdefault(unit.key, entry)
+
+    def _is_direct(self, node: fx.Node) -> bool:
+        """Whether a statistic is made by reductions of the tensor itself, with no copy between."""
+        ring = self.reading.ring
+        for argument in node.all_input_nodes:
+            meaning = self.reading.formula(argument)
+            if argument in self.direct or meaning is None:
+                continue
+            value = meaning.value
+            if ring.moments(value) or (argument.op == "call_function" and not _is_plain(value)):
+                return False
+        return True
+
+
+def _is_plain(value: Polynomial) -> bool:
+    """Whether a value is one tensor as it is: reshaped, cast, not computed with."""
+    return len(value.terms) == 1 and next(iter(value.terms))[0][1] == 1 if value.terms else False
 
 
 def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> None:
@@ -87,9 +108,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> No
     decision.state += [str(u.buffer.meta.get("path") or u.buffer.name) for u in state.updates]
 
 
-def _composite(
-    reading: Reading, found: Match, statistics: Reusable, state: BatchState
-) -> fx.Node:
+def _composite(reading: Reading, found: Match, statistics: Reusable, state: BatchState) -> fx.Node:
     """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
     split = tuple((axis,) for axis in axes_of(found.linear.index))
     for layout in (None, split):

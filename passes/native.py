@@ -2,7 +2,11 @@
 
 Before:  y = any spelling of a norm of the catalogue
 After:   y = aten.batch_norm / layer_norm / group_norm / rms_norm of x, seen in that op's layout
-Leaves alone: axes that the native op can only reach through a copy (see ``plan``).
+Leaves alone: norms that the native op would have to see through two copies and gain nothing.
+
+Axes in another order are permuted: measured on a CPU (16x96x56x56 float32, two threads), a layer
+norm over the channels takes 60 ms forward and backward with both copies, as moments and a
+multiply-add 190 ms, written by hand 270 ms.
 """
 
 from __future__ import annotations
@@ -39,40 +43,51 @@ def _layout(found: Match) -> Dims | None:
     if kind == "batch_norm":
         return _batch_layout(index, over)
     if kind in ("group_norm", "instance_norm"):
-        return index if _is_grouped(index, over) else None
-    return _trailing_layout(index, over)
+        return _grouped_layout(index, over)
+    return _trailing_layout(index, over, permute=kind != "rms_norm")
 
 
 def _batch_layout(index: Dims, over: frozenset[Any]) -> Dims | None:
     """(reduced..., channels..., reduced...) as two to five dimensions with channels second."""
     kept = [i for i, d in enumerate(index) if d and not set(d) & over]
-    if kept != list(range(kept[0], kept[-1] + 1)):
-        return None
     if kept == [1] and len(index) <= 5:
         return index
+    if kept != list(range(kept[0], kept[-1] + 1)):
+        return None
     outer, channels, inner = index[: kept[0]], index[kept[0] : kept[-1] + 1], index[kept[-1] + 1 :]
+    if not axes_of(outer):
+        outer, inner = inner, ()
     layout = (*flat(outer), *flat(channels))
     return (*layout, *flat(inner)) if axes_of(inner) else layout
 
 
-def _is_grouped(index: Dims, over: frozenset[Any]) -> bool:
-    """(kept, kept + reduced, reduced...): the layout of ``group_norm``."""
+def _grouped_layout(index: Dims, over: frozenset[Any]) -> Dims | None:
+    """(kept, kept + reduced, reduced...): the layout of ``group_norm``, permuted where needed."""
     if len(index) < 2 or set(index[0]) & over:
-        return False
-    channels = [axis in over for axis in index[1]]
-    return channels == sorted(channels) and all(set(d) <= over for d in index[2:])
+        return None
+    rest = list(index[1:])
+    channels = [d for d in rest if not set(d) <= over]
+    if len(channels) > 1:
+        return None
+    channel = channels[0] if channels else rest[0]
+    inside = [axis in over for axis in channel]
+    if inside != sorted(inside):
+        return None
+    rest.remove(channel)
+    return (index[0], channel, *(d for d in rest if d))
 
 
-def _trailing_layout(index: Dims, over: frozenset[Any]) -> Dims | None:
+def _trailing_layout(index: Dims, over: frozenset[Any], *, permute: bool) -> Dims | None:
     """(kept..., reduced...): the layout of ``layer_norm`` and ``rms_norm``."""
     split: list[tuple[Any, ...]] = []
     for dim in index:
         inside = [axis in over for axis in dim]
         split += [dim] if all(inside) or not any(inside) else [(axis,) for axis in dim]
+    reduced = [d for d in split if set(d) & over]
     first = next(i for i, d in enumerate(split) if set(d) & over)
-    if any(d and not set(d) <= over for d in split[first:]):
-        return None
-    return tuple(split)
+    if all(set(d) <= over for d in split[first:]):
+        return tuple(split)
+    return (*(d for d in split if not set(d) & over), *reduced) if permute else None
 
 
 def layout_of(found: Match) -> Dims:

@@ -38,9 +38,9 @@ def graph_text(module: fx.GraphModule) -> str:
         elif node.op == "output":
             returned = [operand(each, names) for each in flat(node.args[0])]
             inputs = [input_name(str(each.target)) for each in names if each.op == "placeholder"]
-            computed = [each for each in returned if each not in inputs]
+            computed = [each for each in returned if each not in (*inputs, "None")]
             lines += [*sorted(updates), f"return {', '.join(computed)}"]
-        elif node.op == "call_function" and node.target is not torch._C._set_grad_enabled:
+        elif node.target is not torch._C._set_grad_enabled:
             name = operator_name(node.target)
             if name in TRANSPARENT:
                 names[node] = names[node.all_input_nodes[0]]

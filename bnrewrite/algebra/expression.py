@@ -160,6 +160,17 @@ def scaled(polynomial: Polynomial, factor: Number) -> Polynomial:
     return Polynomial({m: c * factor for m, c in polynomial.terms.items()})
 
 
+def factor_of(polynomial: Polynomial, base: int) -> Polynomial:
+    """What multiplies the first power of a base."""
+    return Polynomial(
+        {
+            tuple(i for i in m if i[0] != base): c
+            for m, c in polynomial.terms.items()
+            if (base, 1) in m
+        }
+    )
+
+
 def inverse(value: Number) -> Number:
     """1 / value, exact where the value is."""
     if isinstance(value, float):
@@ -190,6 +201,6 @@ def is_even(exponent: Exponent) -> bool:
 
 __all__ = [
     "LIMIT", "ONE", "ZERO", "Atom", "Axis", "Base", "Dim", "Exponent", "Extent", "Function",
-    "Monomial", "Number", "Polynomial", "Reduction", "Sum", "added", "exact", "inverse", "is_even",
+    "Monomial", "Number", "Polynomial", "Reduction", "Sum", "added", "exact", "factor_of", "inverse", "is_even",
     "normalised", "number", "rounded", "scaled",
 ]  # fmt: skip

@@ -9,7 +9,18 @@ from typing import Any
 import sympy
 from torch import fx
 
-from .expression import Atom, Extent, Function, Number, Polynomial, Reduction, Sum, added, scaled
+from .expression import (
+    Atom,
+    Extent,
+    Function,
+    Number,
+    Polynomial,
+    Reduction,
+    Sum,
+    added,
+    factor_of,
+    scaled,
+)
 from .match import Match
 from .ring import Ring
 
@@ -37,10 +48,11 @@ class _Writer:
         self.mean = sympy.Symbol("M", real=True)
         self.variance = sympy.Symbol("V", nonnegative=True)
         self.special: dict[int, sympy.Expr] = {}
-        self.variances: list[Polynomial] = []
+        self.variances: list[tuple[int, Polynomial]] = []
         if match.kind != "affine" and match.over:
-            variance = match.moments.variance(ring)
-            self.variances = [variance, ring.stop(variance)]
+            variance, square = match.moments.variance(ring), match.moments.square
+            for v, s in ((variance, square), (ring.stop(variance), ring.stop(square))):
+                self.variances.append((s.bases().pop(), v))
             for polynomial, name in (
                 (match.moments.mean, self.mean),
                 (match.moments.square, self.variance + self.mean**2),
@@ -59,13 +71,12 @@ class _Writer:
         return _number(factor) * self.product(self.match.part)
 
     def sum(self, polynomial: Polynomial) -> sympy.Expr:
-        for variance in self.variances:
-            square = next((m for m, c in variance.terms.items() if c > 0), None)
-            lead = polynomial.terms.get(square) if square else None
-            if lead is not None:
-                rest = added(polynomial, variance, -lead)
+        for square, variance in self.variances:
+            lead = factor_of(polynomial, square)
+            if lead.terms:
+                rest = added(polynomial, self.ring.multiply(lead, variance), -1)
                 if len(rest.terms) < len(polynomial.terms):
-                    return _number(lead) * self.variance + self.sum(rest)
+                    return self.sum(lead) * self.variance + self.sum(rest)
         return sympy.Add(*(_number(c) * self.product(m) for m, c in polynomial.terms.items()))
 
     def product(self, monomial: Any) -> sympy.Expr:

@@ -22,6 +22,7 @@ from .expression import (
     Reduction,
     Sum,
     added,
+    factor_of,
     number,
     rounded,
     scaled,
@@ -158,7 +159,8 @@ def affine(ring: Ring, linear: Linear) -> Match:
 def _named_centred(reading: Reading, base: Match, found: Denominator) -> Match:
     ring = reading.ring
     if found.outside is not None or found.inside is None or found.masked:
-        return replace(base, reason="eps is added after the root", eps=found.outside)
+        outside = found.outside and _user_eps(ring, base, found.outside, -1)
+        return replace(base, reason="eps is added after the root", eps=outside)
     roles = roles_of(reading, base)
     inside = found.inside.constant
     eps = None if inside is None else _user_eps(ring, base, float(inside), Fraction(-1, 2))
@@ -271,13 +273,7 @@ def _under_root(
 ) -> Denominator | None:
     """(a V + e) or (a E[x^2] + e), scaled to a = 1."""
     ((square, _),) = moments.square.terms.items()
-    lead = Polynomial(
-        {
-            tuple(i for i in m if i not in square): c
-            for m, c in polynomial.terms.items()
-            if square[0] in m
-        }
-    )
+    lead = factor_of(polynomial, square[0][0])
     if not positive(ring, lead) or ring.axes(lead):
         return None
     for variance, moment in ((True, moments.variance(ring)), (False, moments.square)):

@@ -82,8 +82,10 @@ class Reading:
     def broadcast(self, *operands: Meaning) -> tuple[Dims, list[Polynomial]]:
         """Put operands on common dimensions, renaming and splitting axes where they differ.
 
-        The operand with the most axes keeps its names: a statistic is renamed to its tensor.
+        The operand with the most axes keeps its names, then the one that holds a statistic: so
+        everything about one norm ends in the axes of its tensor.
         """
+
         rank = max(len(m.dims) for m in operands)
         common: list[Dim] = [()] * rank
         values: dict[int, Polynomial] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .axes import Opaque
-from .calls import is_tensor
+from .calls import COUNTS, is_tensor
 from .expression import Function, Polynomial, added, exact, number, scaled
 from .meaning import Meaning, Reading
 from .ring import Ring
@@ -23,7 +23,7 @@ def _floating(node: fx.Node) -> None:
     """Formulas are about real numbers: integers round and wrap, complex numbers conjugate."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point:
-        if value.dtype != torch.int64 or value.numel() != 1:
+        if value.dtype not in COUNTS or value.numel() != 1:
             raise Opaque(f"arithmetic in {value.dtype}")
 
 
@@ -160,7 +160,8 @@ def _small(rule: Rule) -> Rule:
         for argument in node.all_input_nodes:
             if is_tensor(argument):
                 value = reading.operand(argument).value
-                if reading.ring.raw(value) & reading.anchors:
+                big = reading.ring.raw(value) & reading.anchors
+                if not all(isinstance(b, fx.Node) and b.meta.get("parameter") for b in big):
                     raise Opaque("a nonlinear function of the tensor itself")
         return rule(reading, node, a)
 

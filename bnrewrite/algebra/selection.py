@@ -132,14 +132,14 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
     """``x * scale + shift`` with stored statistics: a norm at inference, a frozen norm."""
     ring = reading.ring
     for linear in linear_forms(reading, node):
-        if not linear.shift.terms:
+        if not linear.shift.terms and not _divides_by_buffer(ring, linear):
             continue
         stored = ring.raw(linear.scale) | ring.raw(linear.shift)
         if (
             stored
             and all(_is_stored(s) for s in stored)
             and not is_parameter(linear.source)
-            and _normalises(ring, linear)
+            and (_normalises(ring, linear) or _shifts_first(linear))
             and ring.axes(linear.scale) | ring.axes(linear.shift) < linear.axes
         ):
             return affine(ring, linear)
@@ -157,6 +157,24 @@ def _normalises(ring: Ring, linear: Linear) -> bool:
         for monomial in linear.scale.terms
         for base, exponent in monomial
     )
+
+
+def _divides_by_buffer(ring: Ring, linear: Linear) -> bool:
+    """Whether the scale has the root of a buffer: a stored variance without a stored mean."""
+    return any(
+        not isinstance(exponent, int)
+        and any(isinstance(s, fx.Node) and s.meta.get("stored") for s in ring.bases[base].raw)
+        for monomial in linear.scale.terms
+        for base, exponent in monomial
+    )
+
+
+def _shifts_first(linear: Linear) -> bool:
+    """Whether something stored is added before something stored multiplies: scale (x + shift)."""
+    if len(linear.scale.terms) != 1:
+        return False
+    (factor,) = linear.scale.terms
+    return bool(factor) and any(set(factor) < set(monomial) for monomial in linear.shift.terms)
 
 
 def _is_exponential(ring: Ring, base: int) -> bool:

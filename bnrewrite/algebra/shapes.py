@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, Dim, Dims, Opaque, Size, regroup, size_of
-from .calls import dtype_of, narrows, shape_of
+from .calls import COUNTS, dtype_of, narrows, shape_of
 from .meaning import Meaning, Reading
 
 
@@ -37,7 +37,7 @@ def cast(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     before, after = dtype_of(source), dtype_of(node)
     if after.is_complex or before.is_complex:
         raise Opaque("complex numbers")
-    if not before.is_floating_point and not (before == torch.int64 and not meaning.dims):
+    if not before.is_floating_point and (before not in COUNTS or meaning.dims):
         raise Opaque("a cast from integers")
     if not narrows(before, after) or not before.is_floating_point:
         return meaning
@@ -54,6 +54,16 @@ def cast(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 def _is_small(node: fx.Node) -> bool:
     return node.op == "placeholder" and isinstance(node.meta["val"], torch.nn.Parameter)
+
+
+def copy(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``copy(target, source)``: the source's value in the target's shape and dtype."""
+    source, target = a["src"], a["self"]
+    if narrows(dtype_of(source), dtype_of(target)):
+        raise Opaque("a copy that rounds")
+    meaning = reading.operand(source)
+    missing = len(shape_of(target)) - len(meaning.dims)
+    return Meaning(((),) * missing + meaning.dims, meaning.value)
 
 
 def view(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -199,4 +209,5 @@ SHAPES = {
                      "scalar_tensor", "new_ones", "new_zeros", "new_full"), filled),
     "detach": detach, "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze,
     "repeat": repeat, "slice": whole, "select": select, "sym_size": size,
+    "copy": copy,
 }  # fmt: skip

@@ -205,11 +205,12 @@ def split_shift(ring: Ring, linear: Linear, weight: Polynomial) -> tuple[Polynom
         has_moment = any(linear.source in ring.bases[b].moments for b, _ in monomial)
         (held if has_moment else rest)[monomial] = coefficient
     first = min(weight.terms)
+    alone = len(weight.terms) == 1
     inner = Polynomial(
         {
             tuple(i for i in m if i not in first): c * inverse(weight.terms[first])
             for m, c in held.items()
-            if set(first) <= set(m) and _others(ring, linear, m) == set(first)
+            if set(first) <= set(m) and (alone or _unmoved(ring, linear, m) == set(first))
         }
     )
     if inner.terms and ring.multiply(inner, weight) == Polynomial(held):
@@ -217,10 +218,6 @@ def split_shift(ring: Ring, linear: Linear, weight: Polynomial) -> tuple[Polynom
     return Polynomial({}), linear.shift
 
 
-def _others(ring: Ring, linear: Linear, monomial: Monomial) -> set[tuple[int, Exponent]]:
-    """The factors along axes that a statistic has lost."""
-    return {i for i in monomial if not i[0] in _statistics(ring, linear, monomial)}
-
-
-def _statistics(ring: Ring, linear: Linear, monomial: Monomial) -> set[int]:
-    return {b for b, _ in monomial if linear.source in ring.bases[b].moments}
+def _unmoved(ring: Ring, linear: Linear, monomial: Monomial) -> set[tuple[int, Exponent]]:
+    """The factors that hold no moment of the source."""
+    return {i for i in monomial if linear.source not in ring.bases[i[0]].moments}

@@ -40,10 +40,10 @@ class Compiler:
     observe: Callable[[Look], None] | None = None
     warned: bool = False
 
-    def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
+    def __call__(self, users: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         """Compile one Dynamo graph, as Dynamo asks its backends to."""
         backend = resolve(self.backend, example_inputs)
-        look = examine(graph, example_inputs, replace(self.options, stage=stage_of(backend)))
+        look = examine(users, example_inputs, replace(self.options, stage=stage_of(backend)))
         if self.observe is not None:
             self.observe(look)
         later = backend != "eager"
@@ -51,7 +51,8 @@ class Compiler:
             self.warn(look.failure)
         elif look.is_rewritten or look.leaking - look.recurrent:
             try:
-                return without_autocast(self._run(backend, *rewritten_graph(look, later), example_inputs))
+                graph, around = rewritten_graph(look, later)
+                return without_autocast(lambda: self._run(backend, graph, around, example_inputs))
             except torch._dynamo.exc.RestartAnalysis:
                 raise  # how Inductor asks Dynamo for another graph
             except Exception as error:

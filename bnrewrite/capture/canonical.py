@@ -21,6 +21,8 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
 from bnrewrite.capture.aliases import refuse_views_of_updated_inputs
+from bnrewrite.capture.autocast import make_casts_explicit
+from bnrewrite.capture.interpreter import Interpreted
 from bnrewrite.capture.provenance import restore_provenance
 from bnrewrite.capture.rebinding import Rebinding
 from bnrewrite.capture.refusal import CaptureError
@@ -78,13 +80,14 @@ def canonicalise(
     constants = _tensor_constants(graph_module)
     with fx.traceback.preserve_node_meta():
         traced, signature = aot_export_module(
-            _Interpreted(graph_module, constants),
+            Interpreted(graph_module, constants),
             fakes,
             trace_joint=False,
             pre_dispatch=True,
         )
     module = _checked(traced, signature, placeholders)
     _restore_constants(module, constants)
+    make_casts_explicit(module.graph)
     restore_provenance(module)
     updated = list(signature.user_inputs_to_mutate.values())
     _refuse_differentiated(updated, module, fakes)
@@ -101,44 +104,6 @@ def canonicalise(
         rebound=tuple(names[name] for name in rebound),
         grad_enabled=torch.is_grad_enabled(),
     )
-
-
-class _Interpreted(torch.nn.Module):
-    """Runs a Dynamo graph node by node, so that each ATen node inherits its node's metadata.
-
-    Tensor constants of the graph are buffers here, and so become the leading placeholders.
-    """
-
-    def __init__(self, graph_module: fx.GraphModule, constants: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        for i, constant in enumerate(constants.values()):
-            self.register_buffer(f"constant_{i}", constant)
-        self.interpreter = (_Interpreter(graph_module, self, list(constants)),)
-
-    def forward(self, *args: Any) -> Any:
-        return self.interpreter[0].run(*args)
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(
-        self, graph_module: fx.GraphModule, owner: _Interpreted, constants: list[str]
-    ) -> None:
-        super().__init__(graph_module)
-        self.owner = owner
-        self.constants = constants
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """`buffer.data = value`, which Dynamo writes as `set_`, is an update of the buffer."""
-        if target is torch.Tensor.set_ and len(args) == 2:
-            return args[0].copy_(args[1])
-        if getattr(target, "__name__", "") == "_lower_version_count_by_1":
-            return args[0]
-        return super().call_function(target, args, kwargs)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self.constants:
-            return getattr(self.owner, f"constant_{self.constants.index(target)}")
-        return super().get_attr(target, args, kwargs)
 
 
 def _fake_inputs(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> list[Any]:

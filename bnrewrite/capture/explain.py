@@ -44,18 +44,18 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     hook = vars(model).get(KEY) if isinstance(model, nn.Module) else None
     settings = hook.settings if isinstance(hook, Hook) else {}
     watcher = _Watcher(settings.get("backend", "auto"), settings.get("options", Options()))
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    before = sum(breaks.values())
+    before = len(torch._dynamo.utils.graph_break_reasons)
     given = tree_map_only(torch.Tensor, _copied, (args, kwargs))
     with _generators_kept(), _unchanged(unwrapped(model)) as subject:
         run = compiled(own_call(), watcher, settings.get("dynamic"))
         run(subject, *given[0], **given[1])
+        breaks = torch._dynamo.utils.graph_break_reasons[before:]
         findings = diagnose(watcher.looks, subject)
     return Report(
         sites=[site for look in watcher.looks for site in look.sites],
         findings=findings,
         graphs=len(watcher.looks),
-        graph_breaks=sum(breaks.values()) - before,
+        graph_breaks=len({str(each.user_stack[-1:]) for each in breaks}),
         graph_texts=[(look.before, _text(look)) for look in watcher.looks],
     )
 

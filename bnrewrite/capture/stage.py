@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrewrite.capture.autocast import DEVICES, autocast_off
 from bnrewrite.options import Stage
 
 Run = Callable[..., Any]
@@ -47,26 +48,15 @@ def run_by(
     return run
 
 
-def without_autocast(run: Run) -> Run:
-    """Run a graph in which the casts of autocast are explicit nodes already.
-
-    A rewritten graph has ops that autocast would treat in its own way once more.
-    """
-    kinds = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
-    if not kinds:
-        return run
+def without_autocast(compile_graph: Callable[[], Run]) -> Run:
+    """Compile and run a graph in which the casts of autocast are nodes with autocast switched off."""
+    if not any(torch.is_autocast_enabled(device) for device in DEVICES):
+        return compile_graph()
+    with autocast_off():
+        run = compile_graph()
 
     def explicit(*args: Any) -> Any:
-        before = [torch.is_autocast_enabled(kind) for kind in kinds]
-        for kind in kinds:
-            torch.set_autocast_enabled(kind, False)
-        try:
+        with autocast_off():
             return run(*args)
-        finally:
-            for kind, enabled in zip(kinds, before, strict=True):
-                torch.set_autocast_enabled(kind, enabled)
 
     return explicit
-
-
-_DEVICES = ("cpu", "cuda", "xpu", "mps")

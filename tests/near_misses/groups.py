@@ -81,6 +81,10 @@ def standardised_by_the_input(m: Written, x: Tensor) -> Tensor:
     return F.conv2d(x, (m.filters - mean) / (var + EPS).sqrt(), m.bias, padding=1)
 
 
+def transposed(m: Written, x: Tensor) -> Tensor:
+    return F.conv2d(x, standardise((1, 2, 3), m.filters).transpose(0, 1), m.bias, padding=1)
+
+
 def both_conv_and_bias(m: Written, x: Tensor) -> Tensor:
     w = standardise((1, 2, 3), m.filters)
     return F.conv2d(x, w, m.bias * w.mean((1, 2, 3)), padding=1)
@@ -140,10 +144,13 @@ GROUPS: dict[str, Formula] = {
     "statistics within the group only": replace(GROUP, axes=(2,)),
     "statistics without the width": replace(GROUP, axes=(2, 3)),
     "rows split in the place of channels": replace(GROUP, split=(4, 2, 2, 4), axes=(1, 3, 4)),
-    "groups brought back in another order": replace(
+}
+REORDERED: dict[str, Formula] = {
+    "brought back in another order": replace(
         GROUP, back=lambda groups, x: groups.transpose(1, 2).reshape(x.shape)
     ),
     "affine in swapped groups": affine_in_swapped_groups,
+    "channels shuffled first": shuffled,
 }
 INSTANCES: dict[str, Recipe] = {
     "another pair of axes": replace(INSTANCE, mean=lambda x: x.mean((1, 2), keepdim=True)),
@@ -171,7 +178,6 @@ WEIGHTS = {
     "statistics over everything": convolved(lambda w: standardise((0, 1, 2, 3), w)),
     "statistics over the kernel only": convolved(lambda w: standardise((2, 3), w)),
     "only centred": convolved(centred_only),
-    "transposed": convolved(lambda w: standardise((1, 2, 3), w).transpose(0, 1)),
     "standardised by the input": standardised_by_the_input,
     "unbiased std and eps outside": convolved(
         lambda w: centred_only(w) / (w.std((1, 2, 3), keepdim=True) + EPS)
@@ -198,9 +204,13 @@ AFFINES = {
 
 TABLE = (
     *(NearMiss(f"group: {name}", each, GROUP, IMAGE) for name, each in GROUPS.items()),
-    NearMiss("group: channels shuffled first", shuffled, GROUP, IMAGE, norm_stays=True),
+    *(
+        NearMiss(f"group: {name}", each, GROUP, IMAGE, norm_stays=True)
+        for name, each in REORDERED.items()
+    ),
     *(NearMiss(f"instance: {name}", each, INSTANCE, IMAGE) for name, each in INSTANCES.items()),
     *(NearMiss(f"weight: {name}", each, STANDARDISED, FILTERS) for name, each in WEIGHTS.items()),
+    NearMiss("weight: transposed", transposed, STANDARDISED, FILTERS, norm_stays=True),
     NearMiss(
         "weight: used in the bias too",
         both_conv_and_bias,

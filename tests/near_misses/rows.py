@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from spellings import Written
+from spellings import Formula, Written
 from torch import Tensor
 
 from .recipe import EPS, NearMiss, Recipe, Setting
@@ -77,6 +77,10 @@ def rms_with_a_moving_weight(m: Written, x: Tensor) -> Tensor:
     return y * m.weight
 
 
+def leaky(m: Written, x: Tensor) -> Tensor:
+    return torch.nn.functional.leaky_relu(LAYER(m, x))
+
+
 LAYERS: dict[str, Recipe] = {
     "another axis": replace(
         LAYER,
@@ -115,9 +119,6 @@ LAYERS: dict[str, Recipe] = {
     "cumulative mean": replace(
         LAYER, mean=lambda x: x.cumsum(-1) / torch.arange(1, 7, dtype=x.dtype)
     ),
-    "leaky after the norm": replace(
-        LAYER, affine=lambda y, w, b: torch.nn.functional.leaky_relu(y * w + b)
-    ),
 }
 POWERS: dict[str, Recipe] = {
     "eps outside the root": replace(RMS, root=lambda v: v.sqrt() + EPS),
@@ -134,7 +135,6 @@ POWERS: dict[str, Recipe] = {
     ),
     "square of the mean": replace(RMS, variance=lambda x: x.mean(-1, keepdim=True).square()),
     "one plus the weight": replace(RMS, weight=lambda m: 1 + m.weight),
-    "weight along the rows": replace(RMS, weight=lambda m: m.weight[:, None]),
     "numerator squared": replace(RMS, centre=lambda x, unused: x.square()),
     "numerator's sign lost": replace(RMS, centre=lambda x, unused: x.abs()),
     "reciprocal forgotten": replace(RMS, divide=torch.mul),
@@ -176,12 +176,20 @@ OTHER_POWERS = {
     "weight applied twice": rms_with_a_moving_weight,
     "centred before": rms_of_the_centred,
 }
+BESIDE: dict[str, Formula] = {
+    "gated input and output": rms_gated,
+    "weight along the rows": replace(RMS, weight=lambda m: m.weight[:, None]),
+}
 
 TABLE = (
     *(NearMiss(f"layer: {name}", each, LAYER, CUBE) for name, each in LAYERS.items()),
     *(NearMiss(f"layer: {name}", each, LAYER, CUBE) for name, each in WHOLE.items()),
     *(NearMiss(f"rms: {name}", each, RMS, SCALED) for name, each in POWERS.items()),
     *(NearMiss(f"rms: {name}", each, RMS, SCALED) for name, each in OTHER_POWERS.items()),
-    NearMiss("rms: gated input and output", rms_gated, RMS, SCALED, norm_stays=True),
+    *(
+        NearMiss(f"rms: {name}", each, RMS, SCALED, norm_stays=True)
+        for name, each in BESIDE.items()
+    ),
+    NearMiss("layer: leaky after it", leaky, LAYER, CUBE, norm_stays=True),
     *(NearMiss(f"lp: {name}", each, unit, BARE) for name, each in UNITS.items()),
 )

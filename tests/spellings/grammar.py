@@ -6,7 +6,6 @@ A sentence is the choice of how to write the mean, the variance, the root, the a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +19,10 @@ Axes = tuple[int, ...]
 
 
 def count(x: Tensor, axes: Axes) -> int:
-    return math.prod(x.shape[axis] for axis in axes)
+    elements = 1
+    for axis in axes:
+        elements *= x.shape[axis]
+    return elements
 
 
 def nested_mean(x: Tensor, axes: Axes) -> Tensor:
@@ -82,6 +84,7 @@ AFFINES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "around one": lambda y, w, b: y + (w - 1) * y + b,
     "shifted": lambda y, w, b: (y + b / w) * w,
 }
+EXACT_AFFINES = ("after", "weight first", "addcmul", "in place")  # those that a native op can take
 WRONG_MEANS: Mapping[str, Callable[[Tensor, Axes], Tensor]] = {
     "detached": lambda x, axes: x.mean(axes, keepdim=True).detach(),
     "other axes": lambda x, axes: x.mean([axis - 1 for axis in axes], keepdim=True),
@@ -113,7 +116,7 @@ WRONG_AFFINES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 FRAMES = ("as it is", "moved", "flattened")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object per norm: its hash is its identity
 class Norm:
     """What a sentence spells: the axes of a (4, 6, 5, 3) input, and where its parameters lie."""
 

@@ -1,0 +1,57 @@
+"""Run a Dynamo graph node by node, as it is traced into its canonical form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept, enter_autocast, exit_autocast
+
+
+class Interpreted(torch.nn.Module):
+    """Runs a Dynamo graph node by node, so that each ATen node inherits its node's metadata.
+
+    Tensor constants of the graph are buffers here, and so become the leading placeholders.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, constants: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for i, constant in enumerate(constants.values()):
+            self.register_buffer(f"constant_{i}", constant)
+        self.interpreter = (_Interpreter(graph_module, self, list(constants)),)
+
+    def forward(self, *args: Any) -> Any:
+        with autocast_kept():
+            return self.interpreter[0].run(*args)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(
+        self, graph_module: fx.GraphModule, owner: Interpreted, constants: list[str]
+    ) -> None:
+        super().__init__(graph_module)
+        self.owner = owner
+        self.constants = constants
+        self.outer: list[Any] = []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A node's value; three kinds of node mean something else to a trace than to a call."""
+        if target is torch.Tensor.set_ and len(args) == 2:
+            return args[0].copy_(args[1])  # Dynamo's `buffer.data = value`
+        if getattr(target, "__name__", "") == "_lower_version_count_by_1":
+            return args[0]
+        value = super().call_function(target, args, kwargs)
+        if target is ENTER:  # a trace only writes these two down
+            self.outer.append(enter_autocast(*args))
+        elif target is EXIT:
+            exit_autocast(self.outer.pop())
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.constants:
+            return getattr(self.owner, f"constant_{self.constants.index(target)}")
+        return super().get_attr(target, args, kwargs)
+
+
