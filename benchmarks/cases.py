@@ -26,7 +26,7 @@ class Size:
         return shape if self.depth == 1 else f"{self.depth} on {shape}"
 
 
-# A call of an optimised model costs some microseconds (Dynamo's guards), however many norms are in it.
+# A call of an optimised model costs microseconds (Dynamo's guards), however many norms are in it.
 # A stack shows what a small norm costs inside a model, the last size what it costs alone.
 IMAGES = (
     Size((32, 64, 56, 56)),

@@ -285,6 +285,8 @@ class Emitter:
         if isinstance(base, Extent):
             return self.extent(base.size)
         if isinstance(base, Sum):
+            if not self._is_stable(base.polynomial):
+                raise Unwritable("its denominator would lose digits in another order of operations")
             return self.tensor(base.polynomial)
         if isinstance(base, Function):
             return self._function(base)
@@ -297,6 +299,20 @@ class Emitter:
         if not node.meta["val"].dtype.is_floating_point:
             node = self.call(aten.to.dtype, node, dtype_of(self.before))
         return self.place(node, base.index)
+
+    def _is_stable(self, polynomial: Polynomial) -> bool:
+        """Whether a sum adds up without differences of like numbers, V counting as one."""
+        if self.reused(polynomial) is not None:
+            return True
+        for moments, _ in self.variances:
+            lead = factor_of(polynomial, moments.square.bases().pop())
+            if lead.terms:
+                spread = self.ring.multiply(lead, moments.variance(self.ring))
+                rest = added(polynomial, spread, -1)
+                if len(rest.terms) < len(polynomial.terms):
+                    polynomial = rest
+        coefficients = polynomial.terms.values()
+        return all(c > 0 for c in coefficients) or not self.ring.moments(polynomial)
 
     def _function(self, base: Function) -> Value:
         if base.name == "root":

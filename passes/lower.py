@@ -8,17 +8,19 @@ Leaves alone: sites with a refusal; a site whose lowering cannot be written gets
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Opaque, axes_of
-from bnrewrite.algebra.calls import is_tensor
+from bnrewrite.algebra.calls import is_tensor, shape_of
 from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
 
 from .composite import write_composite
-from .emitter import Reusable, Unwritable
+from .emitter import Reusable, Unwritable, Value
 from .native import layout_of, write_native
 from .rewriting import Decision, Refusal, Rewriting
 from .state import BatchState, updates_of, write_updates
@@ -49,19 +51,26 @@ class _Statistics:
         self.nodes = iter(list(rewriting.graph.nodes))
         self.known: Reusable = {}
         self.direct: set[fx.Node] = set()
+        self.sizes: dict[Any, Value] = {}
 
-    def before(self, site: fx.Node) -> Reusable:
+    def before(self, site: fx.Node) -> _Statistics:
+        """Everything that stands before a site."""
         for node in self.nodes:
             if node is site:
                 break
             self._learn(node)
-        return self.known
+        return self
 
     def _learn(self, node: fx.Node) -> None:
         ring, meaning = self.reading.ring, self.reading.meanings.get(node)
+        size = node.meta.get("val")
+        if isinstance(size, torch.SymInt):
+            self.sizes.setdefault(size.node.expr, node)
         if meaning is None or node.op != "call_function" or not is_tensor(node):
             return
         value = meaning.value
+        if any(s != 1 and not d for s, d in zip(shape_of(node), meaning.dims, strict=True)):
+            return  # an expanded tensor; the one that was expanded is known already
         if not value.terms or value.constant is not None or not ring.moments(value):
             return
         if not ring.raw(value) & self.reading.anchors:
@@ -79,7 +88,8 @@ class _Statistics:
             if argument in self.direct or meaning is None:
                 continue
             value = meaning.value
-            if ring.moments(value) or (argument.op == "call_function" and not _is_plain(value)):
+            of_tensor = ring.raw(value) & self.reading.anchors
+            if ring.moments(value) or (of_tensor and not _is_plain(value)):
                 return False
         return True
 
@@ -89,13 +99,13 @@ def _is_plain(value: Polynomial) -> bool:
     return len(value.terms) == 1 and next(iter(value.terms))[0][1] == 1 if value.terms else False
 
 
-def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> None:
+def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> None:
     found = decision.match
     assert rewriting.reading is not None
     state = BatchState(_updates(rewriting, found))
     try:
         if decision.lowering == "native":
-            writing = Writing(rewriting.reading, found, statistics, layout_of(found))
+            writing = Writing(rewriting.reading, found, statistics.known, statistics.sizes, layout_of(found))
             replacement = write_native(writing, state)
         else:
             replacement = _composite(rewriting.reading, found, statistics, state)
@@ -108,11 +118,11 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: Reusable) -> No
     decision.state += [str(u.buffer.meta.get("path") or u.buffer.name) for u in state.updates]
 
 
-def _composite(reading: Reading, found: Match, statistics: Reusable, state: BatchState) -> fx.Node:
+def _composite(reading: Reading, found: Match, statistics: _Statistics, state: BatchState) -> fx.Node:
     """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
     split = tuple((axis,) for axis in axes_of(found.linear.index))
     for layout in (None, split):
-        writing = Writing(reading, found, statistics, layout)
+        writing = Writing(reading, found, statistics.known, statistics.sizes, layout)
         try:
             replacement = write_composite(writing)
             _write_state(writing, state)

@@ -17,7 +17,7 @@ from torch import fx
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Axis, Dim, Dims, Opaque, align, axes_of, product
-from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import (
     Atom,
     Base,
@@ -233,13 +233,10 @@ def _momentum(writing: Writing, update: Update, statistic: Polynomial) -> Number
         return None
     if factor.constant is not None:
         return float(factor.constant)
-    if len(factor.terms) == 1:
-        ((monomial, coefficient),) = factor.terms.items()
-        base = ring.bases[monomial[0][0]] if len(monomial) == 1 and coefficient == 1 else None
-        if isinstance(base, Atom) and isinstance(base.source, fx.Node):
-            if not isinstance(base.source.meta.get("val"), torch.Tensor):
-                return base.source
-    return None
+    if ring.axes(factor) or any(is_tensor(s) for s in ring.raw(factor)):
+        return None
+    written = writing.emitter.tensor(factor)
+    return written if isinstance(written, fx.Node) else None
 
 
 def _index(update: Update) -> Dims:

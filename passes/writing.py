@@ -26,13 +26,19 @@ class Writing:
     """
 
     def __init__(
-        self, reading: Reading, match: Match, reusable: Reusable, layout: Dims | None = None
+        self,
+        reading: Reading,
+        match: Match,
+        reusable: Reusable,
+        sizes: dict[Any, Value],
+        layout: Dims | None = None,
     ) -> None:
         self.match = match
         self.reading = reading
         self.layout = layout or split_layout(match.linear.index, match.over)
         self.emitter = Emitter(reading, match.node, self.layout)
         self.emitter.reusable = reusable
+        self.emitter._symbols = dict(sizes)
         self.emitter.sizes_of(match.linear.source)
         self.result_dtype = dtype_of(match.node)
         self.dtype = compute_dtype(reading, match.node)

@@ -21,7 +21,7 @@ Signature = tuple[Any, ...]
 def test_a_near_miss(row: NearMiss) -> None:
     model, batches = row.setting.build(row.formula), row.setting.batches(4)
     assert contract_violations(model, optimised, batches) == []
-    sites = explain(row.setting.build(row.formula), batches[0]).sites
+    sites = explain(row.setting.build(row.formula), batches[0].requires_grad_()).sites
     for site in sites:
         assert site.status == "rewritten" or said(site.reason)
         if site.status == "rewritten" and not row.norm_stays:
@@ -48,7 +48,7 @@ def optimised(model: nn.Module) -> Any:
 
 @cache
 def twin_signatures(twin: Formula, setting: Setting) -> frozenset[Signature]:
-    report = explain(setting.build(twin), setting.batches(1)[0])
+    report = explain(setting.build(twin), setting.batches(1)[0].requires_grad_())
     found = frozenset(signature(site) for site in report.sites if site.status == "rewritten")
     assert found, "the twin itself must be rewritten, else the near miss shows nothing"
     return found

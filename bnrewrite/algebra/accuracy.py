@@ -6,10 +6,11 @@ import torch
 from torch import fx
 
 from .calls import arguments_of, dtype_of, is_tensor, name_of
-from .expression import Monomial, Polynomial, Reduction
+from .expression import ONE, Monomial, Polynomial, Reduction, scaled
 from .match import Match
 from .meaning import Reading
 from .ring import Ring
+from .site import linear_forms
 
 CANCELS = "more accurate than the source: E[x^2] - E[x]^2 cancels there"
 ROUNDS = "more accurate than the source: a statistic is rounded to {dtype} there"
@@ -29,6 +30,19 @@ def remarks(reading: Reading, found: Match) -> list[str]:
     if narrow:
         result.append(OVERFLOWS.format(dtype=_name(dtype_of(narrow[0]))))
     return result
+
+
+def centre(reading: Reading, found: Match) -> Polynomial | None:
+    """``c`` where the user's code forms ``x - c`` before it scales, as digits ask for."""
+    for node in _nodes(reading, found):
+        meaning = reading.meanings.get(node)
+        if node is found.node or meaning is None:
+            continue
+        for form in linear_forms(reading, node):
+            if form.source is found.linear.source and form.scale == ONE and form.shift.terms:
+                if form.index == found.linear.index:
+                    return scaled(form.shift, -1)
+    return None
 
 
 def _nodes(reading: Reading, found: Match) -> list[fx.Node]:

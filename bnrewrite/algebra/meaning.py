@@ -89,7 +89,13 @@ class Reading:
         rank = max(len(m.dims) for m in operands)
         common: list[Dim] = [()] * rank
         values: dict[int, Polynomial] = {}
-        for position in sorted(range(len(operands)), key=lambda i: -len(axes_of(operands[i].dims))):
+
+        def rank_of(position: int) -> tuple[int, bool]:
+            value = operands[position].value
+            known = self.ring.moments(value) or self.ring.raw(value) & self.anchors
+            return -len(axes_of(operands[position].dims)), not known
+
+        for position in sorted(range(len(operands)), key=rank_of):
             meaning = operands[position]
             dims: list[Dim] = [()] * (rank - len(meaning.dims)) + list(meaning.dims)
             moves: dict[Axis, Dim] = {}

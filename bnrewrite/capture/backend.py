@@ -15,11 +15,17 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.aliases import outputs_of, returned_inputs
+from bnrewrite.capture.inplace import restore_updates_in_place
 from bnrewrite.capture.look import Look, examine, sentence
+from bnrewrite.capture.scalars import has_captured_scalars
 from bnrewrite.capture.stage import Run, resolve, run_by, stage_of, without_autocast
 from bnrewrite.capture.switches import checked_options
 from bnrewrite.capture.writeback import Around, Update, write_back
 from bnrewrite.options import BnrewriteWarning, Options
+
+
+class CapturedScalar(Exception):
+    """A graph fails that might not, were it broken where a number is read out of a tensor."""
 
 
 @dataclass
@@ -32,6 +38,8 @@ class Compiler:
         mode: Inductor's mode.
         observe: called with what was found in each graph.
         warned: whether a warning has been given for this model.
+        scalars_are_inputs: whether numbers read out of tensors were captured, where a graph break
+            would do as well.
     """
 
     backend: str = "auto"
@@ -39,6 +47,7 @@ class Compiler:
     mode: str | None = None
     observe: Callable[[Look], None] | None = None
     warned: bool = False
+    scalars_are_inputs: bool = False
 
     def __call__(self, users: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         """Compile one Dynamo graph, as Dynamo asks its backends to."""
@@ -48,6 +57,8 @@ class Compiler:
             self.observe(look)
         later = backend != "eager"
         if look.failure is not None:
+            if self.scalars_are_inputs and has_captured_scalars(users):
+                raise CapturedScalar(look.failure)
             self.warn(look.failure)
         elif look.is_rewritten or look.leaking - look.recurrent:
             try:
@@ -115,6 +126,8 @@ def rewritten_graph(look: Look, differentiated_later: bool) -> tuple[fx.GraphMod
             position = next(users)
             is_buffer = returned.get(i) in canonical.mutated
             outputs.append(returned[i] if is_buffer else position)
+    if not differentiated_later:
+        restore_updates_in_place(canonical.module.graph, look.graph.graph)
     around = write_back(
         canonical.module, updates, outputs, canonical.grad_enabled, differentiated_later
     )

@@ -26,6 +26,7 @@ from bnrewrite.capture.interpreter import Interpreted
 from bnrewrite.capture.provenance import restore_provenance
 from bnrewrite.capture.rebinding import Rebinding
 from bnrewrite.capture.refusal import CaptureError
+from bnrewrite.capture.scalars import scalars_allowed
 from bnrewrite.capture.sources import Kind, locate
 
 
@@ -78,7 +79,7 @@ def canonicalise(
     refuse_views_of_updated_inputs(graph_module)
     fakes = _fake_inputs(placeholders, example_inputs)
     constants = _tensor_constants(graph_module)
-    with fx.traceback.preserve_node_meta():
+    with fx.traceback.preserve_node_meta(), scalars_allowed(fakes):
         traced, signature = aot_export_module(
             Interpreted(graph_module, constants),
             fakes,
@@ -88,6 +89,7 @@ def canonicalise(
     module = _checked(traced, signature, placeholders)
     _restore_constants(module, constants)
     make_casts_explicit(module.graph)
+    _drop_assertions(module.graph)
     restore_provenance(module)
     updated = list(signature.user_inputs_to_mutate.values())
     _refuse_differentiated(updated, module, fakes)
@@ -163,6 +165,13 @@ def _tensor_constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 found[node.target] = value
     return found
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Tracing asserts the dtype of what it casts; Dynamo's guards know it already."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
 
 
 def _restore_constants(module: fx.GraphModule, constants: dict[str, torch.Tensor]) -> None:

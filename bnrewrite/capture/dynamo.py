@@ -58,8 +58,9 @@ class Tolerant:
                 raise
             return self._leave(error)
 
-    def _converted(self, args: Any, kwargs: Any, **settings: Any) -> ConvertFrameReturn:
+    def _converted(self, args: Any, kwargs: Any, **settings: bool) -> ConvertFrameReturn:
         """Convert a frame; `nn` hooks that are added or removed later are noticed."""
+        self._compiler.scalars_are_inputs = settings["capture_scalar_outputs"]
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, **settings):
             converted: ConvertFrameReturn = self._convert(*args, **kwargs)
         return converted

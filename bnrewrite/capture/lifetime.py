@@ -32,7 +32,7 @@ def outlives(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
     return any(
         user.op == "output"
         or user in differentiable
-        or (_may_alias(user) and outlives(user, differentiable))
+        or (may_alias(user) and outlives(user, differentiable))
         for user in node.users
     )
 
@@ -56,7 +56,7 @@ def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     """Whether a node's value may share the memory of its input."""
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:

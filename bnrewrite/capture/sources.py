@@ -29,6 +29,11 @@ def locate(placeholder: fx.Node) -> tuple[Kind, str | None]:
     return "input", None
 
 
+def is_number(placeholder: fx.Node) -> bool:
+    """Whether a placeholder is a Python number that Dynamo passes as a tensor."""
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
 def source_name(placeholder: fx.Node) -> str | None:
     """Dynamo's name of where a placeholder's value lives."""
     return name_of(_source(placeholder))

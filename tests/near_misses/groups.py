@@ -117,6 +117,11 @@ def right_shift(m: Written, scale: Tensor) -> Tensor:
     return m.bias - m.running_mean * scale
 
 
+def frozen_detached(m: Written, x: Tensor) -> Tensor:
+    scale = right_scale(m).detach()
+    return x * wide(scale) + wide(right_shift(m, scale))
+
+
 def linear_with_half_of_the_bias(m: Written, x: Tensor) -> Tensor:
     rows = x.movedim(1, -1).reshape(-1, 4)
     y = torch.addmm(m.bias, rows, torch.outer(m.weight, m.weight), beta=0.5)
@@ -198,7 +203,6 @@ AFFINES = {
         right_scale, lambda m, scale: m.bias - m.running_mean * m.weight
     ),
     "bias scaled too": frozen_from(right_scale, lambda m, s: (m.bias - m.running_mean) * s),
-    "scale detached": frozen_from(lambda m: right_scale(m).detach(), right_shift),
     "mean flipped": frozen_from(right_scale, lambda m, s: m.bias - m.running_mean.flip(0) * s),
 }
 
@@ -219,6 +223,7 @@ TABLE = (
         norm_stays=True,
     ),
     *(NearMiss(f"frozen: {name}", each, frozen, FROZEN) for name, each in AFFINES.items()),
+    NearMiss("frozen: scale detached", frozen_detached, frozen, FROZEN, norm_stays=True),
     NearMiss("frozen: leaky after it", frozen_then_leaky, frozen, FROZEN, norm_stays=True),
     NearMiss(
         "frozen: after a linear map with half of its bias",

@@ -121,7 +121,7 @@ class Norm:
     """What a sentence spells: the axes of a (4, 6, 5, 3) input, and where its parameters lie."""
 
     name: str
-    kind: str
+    kinds: tuple[str, ...]
     axes: Axes
     parameters: Mapping[str, Shape] = field(
         default_factory=lambda: {"weight": (1, 6, 1, 1), "bias": (1, 6, 1, 1)}
@@ -130,10 +130,15 @@ class Norm:
 
 
 NORMS = (
-    Norm("batch", "batch_norm", (0, 2, 3)),
-    Norm("instance", "instance_norm", (2, 3)),
-    Norm("layer", "layer_norm", (-1,), {"weight": (3,), "bias": (3,)}),
-    Norm("layer of a plane", "layer_norm", (-2, -1), {"weight": (5, 3), "bias": (5, 3)}),
+    Norm("batch", ("batch_norm",), (0, 2, 3)),
+    Norm("instance", ("instance_norm",), (2, 3)),
+    Norm("layer", ("layer_norm",), (-1,), {"weight": (3,), "bias": (3,)}),
+    Norm(
+        "layer of a plane",
+        ("layer_norm", "instance_norm"),  # one formula, where the affine is not a part of it
+        (-2, -1),
+        {"weight": (5, 3), "bias": (5, 3)},
+    ),
 )
 
 
@@ -153,7 +158,7 @@ class Sentence:
 
     def __call__(self, m: Written, x: Tensor) -> Tensor:
         axes = self.norm.axes
-        if self.frame == "moved" and self.norm.kind != "layer_norm":
+        if self.frame == "moved" and "layer_norm" not in self.norm.kinds:
             moved = tuple({0: 0, 2: 1, 3: 2}[axis] for axis in axes)
             y = self._normalised(x.permute(0, 2, 3, 1), moved).permute(0, 3, 1, 2)
         elif self.frame == "flattened" and axes[-1] in (-1, 3) and len(axes) > 1:

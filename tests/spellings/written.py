@@ -51,9 +51,9 @@ class Written(nn.Module):
 def _start(name: str, shape: Shape, source: torch.Generator) -> Tensor:
     if name in COUNTERS:
         return torch.zeros(shape, dtype=torch.int64)
+    if name == "weight":  # away from zero, where b / w would make every error large
+        return 0.5 + torch.rand(shape, generator=source)
     normal = torch.randn(shape, generator=source)
     if name == "running_var":
         return 0.5 + normal.abs()
-    if name == "weight":
-        return 1.0 + 0.4 * normal
     return normal
