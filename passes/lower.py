@@ -23,8 +23,8 @@ from .composite import write_composite
 from .emitter import Reusable, Unwritable, Value
 from .native import layout_of, write_native
 from .rewriting import Decision, Refusal, Rewriting
-from .state import BatchState, updates_of, write_updates
-from .writing import Writing, flat
+from .state import BatchState, Update, updates_of, write_updates
+from .writing import Writing
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
     state = BatchState(_updates(rewriting, found))
     try:
         if decision.lowering == "native":
-            writing = Writing(rewriting.reading, found, statistics.known, statistics.sizes, layout_of(found))
+            writing = Writing(
+                rewriting.reading, found, statistics.known, statistics.sizes, layout_of(found)
+            )
             replacement = write_native(writing, state)
         else:
             replacement = _composite(rewriting.reading, found, statistics, state)
@@ -115,10 +117,13 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
     found.node.replace_all_uses_with(replacement)
     for old, new in state.replaced.items():
         _replace_output(rewriting.graph, old, new)
-    decision.state += [str(u.buffer.meta.get("path") or u.buffer.name) for u in state.updates]
+    buffers = [u.buffer for u in state.updates if u.buffer is not None]
+    decision.state += [str(b.meta.get("path") or b.name) for b in buffers]
 
 
-def _composite(reading: Reading, found: Match, statistics: _Statistics, state: BatchState) -> fx.Node:
+def _composite(
+    reading: Reading, found: Match, statistics: _Statistics, state: BatchState
+) -> fx.Node:
     """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
     split = tuple((axis,) for axis in axes_of(found.linear.index))
     for layout in (None, split):
@@ -132,18 +137,23 @@ def _composite(reading: Reading, found: Match, statistics: _Statistics, state: B
     raise reason
 
 
-def _updates(rewriting: Rewriting, found: Match) -> list:  # type: ignore[type-arg]
-    assert rewriting.reading is not None
-    if not found.over or not rewriting.canonical.mutated:
+def _updates(rewriting: Rewriting, found: Match) -> list[Update]:
+    """What the graph makes of a site's moments besides the norm: buffers, and returned values."""
+    reading = rewriting.reading
+    assert reading is not None
+    if not found.over:
         return []
-    by_name = {n.name: n for n in rewriting.placeholders()}
-    outputs = next(n for n in reversed(rewriting.graph.nodes) if n.op == "output").args[0]
-    candidates = [
-        (by_name[name], value)
-        for name, value in zip(rewriting.canonical.mutated, outputs, strict=False)
-        if isinstance(value, fx.Node)
-    ]
-    return updates_of(rewriting.reading, found, candidates)
+    placeholders: dict[str, fx.Node] = {n.name: n for n in rewriting.placeholders()}
+    outputs = next(iter(reversed(rewriting.graph.nodes))).args[0]
+    buffers: list[fx.Node | None] = [placeholders[n] for n in rewriting.canonical.mutated]
+    buffers += [None] * (len(outputs) - len(buffers))
+    candidates = {
+        value: buffer
+        for buffer, value in reversed(list(zip(buffers, outputs, strict=True)))
+        if isinstance(value, fx.Node) and (buffer or not reading.ring.differentiable(value))
+    }
+    pairs = [(buffer, value) for value, buffer in reversed(candidates.items())]
+    return updates_of(reading, found, pairs)
 
 
 def _write_state(writing: Writing, state: BatchState) -> None:
@@ -164,6 +174,3 @@ def _replace_output(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
         if later and old in node.all_input_nodes:
             node.replace_input_with(old, new)
         later = later or node is new
-
-
-__all__ = ["Lower", "flat"]

@@ -17,7 +17,7 @@ from torch import fx
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Axis, Dim, Dims, Opaque, align, axes_of, product
-from bnrewrite.algebra.calls import dtype_of, is_tensor
+from bnrewrite.algebra.calls import dtype_of, is_tensor, shape_of
 from bnrewrite.algebra.expression import (
     Atom,
     Base,
@@ -36,16 +36,16 @@ from .writing import Writing
 
 @dataclass(frozen=True)
 class Update:
-    """The new value of one buffer.
+    """A value that the norm's moments make beside the norm: the new value of a buffer, mostly.
 
     Attributes:
-        buffer: the placeholder.
+        buffer: the placeholder that takes the value; None for a value that the graph returns.
         node: the user's new value.
         value: its formula in the axes of the site, gradients left aside.
         dims: the dimensions of the buffer in those axes.
     """
 
-    buffer: fx.Node
+    buffer: fx.Node | None
     node: fx.Node
     value: Polynomial
     dims: Dims
@@ -66,9 +66,7 @@ class BatchState:
         if self._native is not None:
             mean, variance, momentum = self._native
             copies = [emitter.call(aten.clone.default, u.buffer) for u in (mean, variance)]
-            shape = [emitter.extent(product(a.size for a in channels[0]))]
             flat = [emitter.reshape(c, [product(a.size for a in channels[0])]) for c in copies]
-            assert shape
             self.replaced[mean.node], self.replaced[variance.node] = copies
             return flat[0], flat[1], momentum
         if not self.updates:
@@ -117,22 +115,24 @@ def write_updates(
         value = emitter.tensor(update.value)
         if not isinstance(value, fx.Node):
             raise Unwritable("a buffer that becomes a constant")
-        value = emitter.reshape(value, [_extent(s) for s in update.buffer.meta["val"].shape])
+        value = emitter.reshape(value, list(shape_of(update.node)))
         state.replaced[update.node] = writing.cast(value, dtype_of(update.node))
 
 
 def updates_of(
-    reading: Reading, found: Match, candidates: list[tuple[fx.Node, fx.Node]]
+    reading: Reading, found: Match, candidates: list[tuple[fx.Node | None, fx.Node]]
 ) -> list[Update]:
     """The buffers whose new value is made of this site's moments.
 
     Args:
-        candidates: (buffer, new value) of the graph.
+        candidates: (buffer, new value) of the graph, and (None, value) of what it returns.
     """
     updates = []
     for buffer, node in candidates:
         meaning = reading.formula(node)
         if meaning is None or found.linear.source not in reading.ring.moments(meaning.value):
+            continue
+        if reading.ring.raw(meaning.value) & reading.anchors:
             continue
         update = _in_site_axes(reading, found, buffer, node)
         if update is not None and _only_these_moments(reading, found, update.value):
@@ -140,7 +140,9 @@ def updates_of(
     return updates
 
 
-def _in_site_axes(reading: Reading, found: Match, buffer: fx.Node, node: fx.Node) -> Update | None:
+def _in_site_axes(
+    reading: Reading, found: Match, buffer: fx.Node | None, node: fx.Node
+) -> Update | None:
     """A buffer's formula with its axes renamed to the site's kept axes, in order."""
     meaning = reading.formula(node)
     assert meaning is not None
@@ -190,7 +192,9 @@ def _native_pair(
     writing: Writing, updates: list[Update]
 ) -> tuple[Update, Update, Number | fx.Node] | None:
     """(running mean, running variance, momentum), where they are exactly ``batch_norm``'s."""
-    if len(updates) != 2 or any(dtype_of(u.buffer) not in _NATIVE for u in updates):
+    if len(updates) != 2 or any(
+        u.buffer is None or dtype_of(u.buffer) not in _NATIVE for u in updates
+    ):
         return None
     found, ring = writing.match, writing.reading.ring
     count = ring.count(found.over)
@@ -257,12 +261,3 @@ def _equal(left: Number | fx.Node, right: Number | fx.Node) -> bool:
     if isinstance(left, fx.Node) or isinstance(right, fx.Node):
         return left is right
     return math.isclose(float(left), float(right), rel_tol=1e-12)
-
-
-def _extent(size: Any) -> Any:
-    from bnrewrite.algebra.axes import size_of
-
-    return size_of(size)
-
-
-__all__ = ["Axis", "BatchState", "Update", "updates_of", "write_updates"]
