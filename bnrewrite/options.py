@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 KINDS = (
     "batch_norm",
@@ -23,7 +22,7 @@ Stage = Literal["eager", "inductor", "export"]
 
 
 class BnrewriteWarning(UserWarning):
-    """Something runs as the user wrote it, where it could have been rewritten; the text says why."""
+    """A part of a model runs as the user wrote it; the text says why."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from bnrewrite.algebra import Reading
-from bnrewrite.algebra.axes import Axis, Dim, Dims, Opaque, align, axes_of, product
+from bnrewrite.algebra.axes import Dim, Dims, Opaque, align, axes_of, product
 from bnrewrite.algebra.calls import dtype_of, is_tensor, shape_of
 from bnrewrite.algebra.expression import (
     Atom,

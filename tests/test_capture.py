@@ -1,4 +1,4 @@
-"""Any graph that Dynamo makes comes out functional, named, and with the user's lines; or it is left."""
+"""A graph of Dynamo's comes out functional, named, with the user's lines; or it is left."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hand_written import BatchNorm, Net, RowNorm
 from torch import Tensor, fx, nn
 
 import bnrewrite
 from bnrewrite.capture import Canonical, Input, capture
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
-from hand_written import BatchNorm, Net, RowNorm
 
 
 def images(size: int = 4) -> Tensor:
@@ -77,7 +77,8 @@ def test_a_graph_is_functional_aten_with_every_input_named() -> None:
         "norm_running_mean",
         "norm_running_var",
     ]
-    assert canonical.rebound == () and canonical.grad_enabled
+    assert canonical.rebound == ()
+    assert canonical.grad_enabled
     for node in canonical.module.graph.nodes:
         if node.op == "call_function":
             assert isinstance(node.target, torch._ops.OpOverload)
@@ -100,9 +101,7 @@ def test_rebound_buffers_lead_the_outputs() -> None:
 def test_nodes_know_the_users_line_and_module() -> None:
     (canonical,) = capture(nn.Sequential(nn.Conv2d(3, 4, 1), Net().norm), images())
     mean = next(
-        node
-        for node in canonical.module.graph.nodes
-        if node.target is torch.ops.aten.mean.dim
+        node for node in canonical.module.graph.nodes if node.target is torch.ops.aten.mean.dim
     )
     assert "hand_written.py" in mean.meta["stack_trace"]
     assert "x.mean(axes)" in mean.meta["stack_trace"]
@@ -167,7 +166,8 @@ def test_python_numbers_that_change_become_inputs(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(
             model(x, 0.1 * step, step + 2), users(x, 0.1 * step, step + 2), rtol=1e-4, atol=1e-5
         )
-    assert len(seen) <= 4 and all(look.failure is None for look in seen)
+    assert len(seen) <= 4
+    assert all(look.failure is None for look in seen)
 
 
 def test_control_flow_by_values() -> None:
@@ -241,7 +241,8 @@ def test_autocast(inside: bool, widened: bool, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
     for mine, theirs in zip(unchanged.parameters(), users.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-2, atol=1e-2)
-    assert len(seen[0].sites) == 1 and len(seen) == 2
+    assert len(seen[0].sites) == 1
+    assert len(seen) == 2
 
 
 def test_nothing_is_rewritten_where_nothing_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,19 +451,23 @@ def test_explain_changes_nothing() -> None:
     train(model, images())
     model.norm.running_mean = model.norm.running_mean.detach()
     model.norm.running_var = model.norm.running_var.detach()
-    state = {name: (id(each), each.clone()) for name, each in model.state_dict(keep_vars=True).items()}
+    state = {
+        name: (id(each), each.clone()) for name, each in model.state_dict(keep_vars=True).items()
+    }
     gradients = [each.grad.clone() for each in model.parameters() if each.grad is not None]
     x = images()
     generators = torch.get_rng_state(), random.getstate()
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     report = bnrewrite.explain(model, x)
     assert [site.kind for site in report.sites] == ["batch_norm"]
-    assert report.graphs == 1 and report.graph_breaks == 0
+    assert report.graphs == 1
+    assert report.graph_breaks == 0
     for name, each in model.state_dict(keep_vars=True).items():
         assert id(each) == state[name][0]
         assert torch.equal(each, state[name][1])
     for mine, before in zip(model.parameters(), gradients, strict=True):
-        assert mine.grad is not None and torch.equal(mine.grad, before)
+        assert mine.grad is not None
+        assert torch.equal(mine.grad, before)
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert random.getstate() == generators[1]
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
@@ -492,7 +497,9 @@ def test_explain_of_a_model_that_cannot_be_copied() -> None:
     plain = model.plain
     report = bnrewrite.explain(model, images())
     assert [site.kind for site in report.sites] == ["batch_norm"]
-    assert model.calls == 0 and model.seen == [] and model.plain is plain
+    assert model.calls == 0
+    assert model.seen == []
+    assert model.plain is plain
     torch.testing.assert_close(dict(model.state_dict()), before)
 
 

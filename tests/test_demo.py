@@ -32,7 +32,9 @@ def test_demo_trains_as_well_as_native(demo: dict[str, Any]) -> None:
     outcomes = demo["outcomes"]
     # a sanity bound, not a measurement: guessing gives 0.1
     assert all(outcome["accuracy"] > 0.8 for outcome in outcomes.values())
-    assert outcomes["optimised"]["saved"] == outcomes["native"]["saved"]
+    # the forum's variance is unbiased, so native's weight is scaled: one more vector is saved
+    vector = 64 * 4
+    assert outcomes["optimised"]["saved"] <= outcomes["native"]["saved"] + vector
     assert outcomes["optimised"]["saved"] < outcomes["hand-written"]["saved"]
 
 
@@ -68,7 +70,7 @@ def test_examples_run(module: str, shown: str) -> None:
 
 
 def test_benchmarks_run(tmp_path: Path) -> None:
-    arguments = ["--only", "batch_norm", "--rounds", "2", "--output", str(tmp_path)]
+    arguments = ["--only", "layer_norm", "--rounds", "2", "--output", str(tmp_path)]
     _run("benchmarks.norms", *arguments)
     _run("benchmarks.rewriter", "--sites", "5", "10", "--output", str(tmp_path))
     written = {path.name for path in tmp_path.iterdir()}

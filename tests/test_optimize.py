@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from hand_written import Net, RowNorm
 from torch import Tensor, nn
 
 import bnrewrite
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.hook import KEY
-from hand_written import Net, RowNorm
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def test_the_same_object_comes_back() -> None:
     model = Net()
     keys, attributes = list(model.state_dict()), set(vars(model))
     back = bnrewrite.optimize(model, backend="eager")
-    assert back is model and type(back) is Net
+    assert back is model
+    assert type(back) is Net
     back(images())
     assert list(back.state_dict()) == keys
     mine = {name for name in set(vars(back)) - attributes if not name.startswith("___")}
@@ -320,7 +321,8 @@ def row_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 def test_a_function_comes_back_as_a_function(compiled_graphs: list[int]) -> None:
     fast = bnrewrite.optimize(row_norm, backend="eager")
-    assert fast.__name__ == "row_norm" and fast.__doc__ == row_norm.__doc__
+    assert fast.__name__ == "row_norm"
+    assert fast.__doc__ == row_norm.__doc__
     x = torch.randn(3, 8)
     same(fast, row_norm, x)
     torch.testing.assert_close(fast(x, eps=1.0), row_norm(x, eps=1.0))

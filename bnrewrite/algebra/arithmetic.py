@@ -25,6 +25,7 @@ from .expression import (
     exact,
     inverse,
     is_even,
+    magnitude,
     number,
     scaled,
 )
@@ -74,7 +75,7 @@ class Arithmetic(Interning):
         simple: dict[Monomial, Number] = {}
         for a, x in left.terms.items():
             for b, y in right.terms.items():
-                monomial, expand = self._merge(a, b)
+                monomial, expand = self.merge(a, b)
                 if expand:
                     extra = Polynomial({monomial: x * y})
                     for polynomial in expand:
@@ -112,7 +113,7 @@ class Arithmetic(Interning):
                 result = self.multiply(result, polynomial)
             return result
         lead = polynomial.terms[self._leading(polynomial)]
-        content = abs(lead)
+        content = magnitude(lead)
         base = self._sum(scaled(polynomial, inverse(content)))
         return Polynomial({((base.id, exponent),): _number_power(content, exponent)})
 
@@ -128,7 +129,7 @@ class Arithmetic(Interning):
             if not rest:
                 return outer
             return self.multiply(outer, self._root(Polynomial({rest: 1})))
-        content = abs(polynomial.terms[self._leading(polynomial)])
+        content = magnitude(polynomial.terms[self._leading(polynomial)])
         inner = self._root(scaled(polynomial, inverse(content)))
         return scaled(inner, _number_power(content, Fraction(1, 2)))
 
@@ -139,7 +140,7 @@ class Arithmetic(Interning):
         if len(polynomial.terms) == 1:
             ((monomial, coefficient),) = polynomial.terms.items()
             if coefficient != 1:
-                return scaled(self.absolute(Polynomial({monomial: 1})), abs(coefficient))
+                return scaled(self.absolute(Polynomial({monomial: 1})), magnitude(coefficient))
         return self.function("abs", polynomial, nonneg=True)
 
     # -- inner workings ------------------------------------------------------------------------
@@ -156,7 +157,8 @@ class Arithmetic(Interning):
     def _root(self, polynomial: Polynomial) -> Polynomial:
         return self.function("root", polynomial, nonneg=True)
 
-    def _merge(self, a: Monomial, b: Monomial) -> tuple[Monomial, list[Polynomial]]:
+    def merge(self, a: Monomial, b: Monomial) -> tuple[Monomial, list[Polynomial]]:
+        """The product of two monomials, and sums that it must still be multiplied by."""
         if not a or not b:
             return a or b, []
         exponents = dict(a)
@@ -168,12 +170,12 @@ class Arithmetic(Interning):
                 continue
             total = exact(old + exponent)
             base = self.bases[base_id]
-            if (total == 0 or (old < 0) != (total < 0)) and not self._never_zero(base):
+            if (total == 0 or (old < 0) != (total < 0)) and not self.never_zero(base):
                 raise Opaque("a factor that may be zero cancels")
             del exponents[base_id]
             if isinstance(base, Sum) and isinstance(total, int) and total > 0:
                 expand.append(self.power(base.polynomial, total))
-            elif isinstance(base, Function) and base.name == "root" and abs(total) >= 2:
+            elif isinstance(base, Function) and base.name == "root" and magnitude(total) >= 2:
                 whole = int(total / 2)
                 expand.append(self.power(base.argument, whole))
                 if total - 2 * whole:
@@ -182,7 +184,8 @@ class Arithmetic(Interning):
                 exponents[base_id] = total
         return tuple(sorted(exponents.items())), expand
 
-    def _never_zero(self, base: Base) -> bool:
+    def never_zero(self, base: Base) -> bool:
+        """Whether a base is proven to be different from zero."""
         if isinstance(base, Sum):
             return positive(self, base.polynomial)
         if isinstance(base, Function):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import sympy
 import torch
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 Dim = tuple["Axis", ...]
 Dims = tuple[Dim, ...]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
-from .axes import Axis, Dim, Dims, Opaque, Size
+from .axes import Axis, Dims, Opaque, Size
 
 Number = int | float | Fraction
 Exponent = int | Fraction
@@ -98,7 +98,7 @@ class Extent(Base):
 
 @dataclass(frozen=True, eq=False)
 class Reduction(Base):
-    """``mean`` or ``amax`` of one monomial over bound axes; ``first`` for a maximum with an index."""
+    """``mean``, ``amax`` or ``first`` (a maximum with an index) of a monomial over bound axes."""
 
     kind: str
     monomial: Monomial
@@ -171,6 +171,11 @@ def factor_of(polynomial: Polynomial, base: int) -> Polynomial:
     )
 
 
+def magnitude(value: Number) -> Number:
+    """|value|."""
+    return -value if value < 0 else value
+
+
 def inverse(value: Number) -> Number:
     """1 / value, exact where the value is."""
     if isinstance(value, float):
@@ -197,10 +202,3 @@ def exact(value: Exponent | float) -> Exponent:
 def is_even(exponent: Exponent) -> bool:
     """Whether a power with this exponent is even."""
     return isinstance(exponent, int) and exponent % 2 == 0
-
-
-__all__ = [
-    "LIMIT", "ONE", "ZERO", "Atom", "Axis", "Base", "Dim", "Exponent", "Extent", "Function",
-    "Monomial", "Number", "Polynomial", "Reduction", "Sum", "added", "exact", "factor_of", "inverse", "is_even",
-    "normalised", "number", "rounded", "scaled",
-]  # fmt: skip

@@ -61,12 +61,12 @@ class _Writer:
                     ((monomial, _),) = value.terms.items()
                     self.special[monomial[0][0]] = name
 
-    def scaled_part(self, factor: float) -> sympy.Expr:
+    def scaled_part(self, factor: Number) -> sympy.Expr:
         """``factor * part``, the factor put back under the root that it was taken from."""
         base_id, exponent = self.match.part[0]
         base = self.ring.bases[base_id]
         if len(self.match.part) == 1 and isinstance(base, Sum) and factor > 0 and factor != 1:
-            inner = scaled(base.polynomial, _clean(factor ** (1 / float(exponent))))
+            inner = scaled(base.polynomial, _clean(float(factor) ** (1 / float(exponent))))
             return self.sum(inner) ** sympy.Rational(Fraction(exponent))
         return _number(factor) * self.product(self.match.part)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from .axes import Axis, Dims, Size
-from .expression import Atom, Base, Function, Polynomial
+from .expression import Atom, Base, Function, Monomial, Polynomial, Reduction, is_even
+
+T = TypeVar("T")
 
 
 class Interning:
@@ -50,19 +52,31 @@ class Interning:
                                name, arguments),
         )  # fmt: skip
 
+    def reduction(self, kind: str, monomial: Monomial, bound: frozenset[Axis]) -> Polynomial:
+        """A reduction of one monomial, its bound axes in canonical form."""
+        inner = [self.bases[b] for b, _ in monomial]
+        axes = _union(b.axes for b in inner) - bound
+        sources = _union(b.moments | b.raw for b in inner)
+        sign = all(is_even(e) or self.bases[b].nonnegative for b, e in monomial)
+        level = 1 + max(b.level for b in inner)
+        return self._single(
+            ("reduction", kind, monomial, bound),
+            lambda i: Reduction(i, axes, sources, frozenset(), sign, level, kind, monomial, bound),
+        )
+
     # -- traits --------------------------------------------------------------------------------
 
     def axes(self, polynomial: Polynomial) -> frozenset[Axis]:
         """The free axes."""
-        return frozenset().union(*(self.bases[b].axes for b in polynomial.bases()))
+        return _union(self.bases[b].axes for b in polynomial.bases())
 
     def moments(self, polynomial: Polynomial) -> frozenset[object]:
         """The sources that are reduced somewhere inside."""
-        return frozenset().union(*(self.bases[b].moments for b in polynomial.bases()))
+        return _union(self.bases[b].moments for b in polynomial.bases())
 
     def raw(self, polynomial: Polynomial) -> frozenset[object]:
         """The sources that stand outside every reduction."""
-        return frozenset().union(*(self.bases[b].raw for b in polynomial.bases()))
+        return _union(self.bases[b].raw for b in polynomial.bases())
 
     # -- inner workings ------------------------------------------------------------------------
 
@@ -76,12 +90,17 @@ class Interning:
     def _traits(
         self, polynomials: Iterable[Polynomial]
     ) -> tuple[frozenset[Axis], frozenset[object], frozenset[object]]:
-        polynomials = tuple(polynomials)
-        axes, moments, raw = (
-            frozenset().union(*(trait(p) for p in polynomials))
-            for trait in (self.axes, self.moments, self.raw)
+        bases = {b for p in polynomials for b in p.bases()}
+        found = [self.bases[b] for b in bases]
+        return (
+            _union(b.axes for b in found),
+            _union(b.moments for b in found),
+            _union(b.raw for b in found),
         )
-        return axes, moments, raw
 
     def _level(self, polynomials: Iterable[Polynomial]) -> int:
         return max((self.bases[b].level for p in polynomials for b in p.bases()), default=0)
+
+
+def _union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
+    return frozenset(element for one in sets for element in one)

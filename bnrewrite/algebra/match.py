@@ -122,7 +122,7 @@ def match(reading: Reading, linear: Linear) -> Match:
     if centred:
         inner = scaled(ring.multiply(Polynomial({part: 1}), moments.mean), -1)
     base = Match(linear, "general", over, moments, part, weight, bias, centred, inner)
-    reason = _reason(ring, linear, base, uncentred)
+    reason: str | None = _reason(ring, linear, base, uncentred)
     found = denominator(ring, linear, part, moments, over) if reason is None else None
     if reason is None and found is None:
         reason = "its denominator is not the root of a moment plus a constant"
@@ -311,9 +311,9 @@ def _norm(
             return Denominator(variance, order, ZERO, None, masked)
     exponent = items[0][1]
     if exponent and exponent != 1 and isinstance(exponent, Fraction):
-        order = 1 / exponent
-        if ring.power(ring.mean(ring.power(magnitude, order), over), exponent) == single:
-            return Denominator(False, float(order), 0.0, None, False)
+        power = 1 / exponent
+        if ring.power(ring.mean(ring.power(magnitude, power), over), exponent) == single:
+            return Denominator(False, float(power), ZERO, None, False)
     return None
 
 

@@ -219,10 +219,11 @@ def dot(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 def item(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     """One result of an operation with several."""
-    results = reading.outputs.get(a["self"])
+    results: tuple[Meaning, ...] | None = reading.outputs.get(a["self"])
     if results is None or a["other"] >= len(results):
         raise Opaque("one of several results")
-    return results[a["other"]]
+    position: int = a["other"]
+    return results[position]
 
 
 REDUCTIONS = {

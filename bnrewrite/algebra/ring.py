@@ -64,18 +64,7 @@ class Ring(Arithmetic):
             inner = self.bases[monomial[0][0]]
             if isinstance(inner, Reduction) and inner.kind == kind:
                 monomial, bound = inner.monomial, bound | inner.bound
-        return self._reduction(kind, *self._canonical(monomial, bound))
-
-    def _reduction(self, kind: str, monomial: Monomial, bound: frozenset[Axis]) -> Polynomial:
-        inner = [self.bases[b] for b, _ in monomial]
-        axes = frozenset().union(*(b.axes for b in inner)) - bound
-        sources = frozenset().union(*(b.moments | b.raw for b in inner))
-        sign = all(is_even(e) or self.bases[b].nonnegative for b, e in monomial)
-        level = 1 + max(b.level for b in inner)
-        return self._single(
-            ("reduction", kind, monomial, bound),
-            lambda i: Reduction(i, axes, sources, frozenset(), sign, level, kind, monomial, bound),
-        )
+        return self.reduction(kind, *self._canonical(monomial, bound))
 
     def _canonical(
         self, monomial: Monomial, bound: frozenset[Axis]

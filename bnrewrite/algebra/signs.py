@@ -9,10 +9,10 @@ import sympy
 from .expression import Extent, Monomial, Number, Polynomial, Reduction, is_even
 
 if TYPE_CHECKING:
-    from .ring import Ring
+    from .arithmetic import Arithmetic
 
 
-def nonnegative(ring: Ring, polynomial: Polynomial) -> bool:
+def nonnegative(ring: Arithmetic, polynomial: Polynomial) -> bool:
     """Whether the value is proven to be at least zero.
 
     Every term is a product of squares and nonnegative bases, or a ``-a E[f]^2`` for which there is
@@ -34,7 +34,7 @@ def nonnegative(ring: Ring, polynomial: Polynomial) -> bool:
     return all(_is_nonnegative(ring, m) for m, c in budget.items() if c > 0)
 
 
-def positive(ring: Ring, polynomial: Polynomial) -> bool:
+def positive(ring: Arithmetic, polynomial: Polynomial) -> bool:
     """Whether the value is proven to be above zero: nonnegative plus a positive constant."""
     constant = polynomial.terms.get((), 0)
     if constant > 0:
@@ -45,13 +45,13 @@ def positive(ring: Ring, polynomial: Polynomial) -> bool:
         ((monomial, coefficient),) = polynomial.terms.items()
         return (
             coefficient > 0
-            and all(ring._never_zero(ring.bases[b]) for b, _ in monomial)
+            and all(ring.never_zero(ring.bases[b]) for b, _ in monomial)
             and (_is_nonnegative(ring, monomial))
         )
     return False
 
 
-def _is_positive_size(ring: Ring, polynomial: Polynomial) -> bool:
+def _is_positive_size(ring: Arithmetic, polynomial: Polynomial) -> bool:
     """A polynomial in sizes, each at least 2, that is positive at 2 and grows."""
     if not polynomial.terms:
         return False
@@ -69,14 +69,14 @@ def _is_positive_size(ring: Ring, polynomial: Polynomial) -> bool:
     return total > 0
 
 
-def _is_nonnegative(ring: Ring, monomial: Monomial) -> bool:
+def _is_nonnegative(ring: Arithmetic, monomial: Monomial) -> bool:
     return all(
         is_even(e) or ring.bases[b].nonnegative or not isinstance(e, int) for b, e in monomial
     )
 
 
 def _second_moment(
-    ring: Ring, monomial: Monomial, terms: dict[Monomial, Number]
+    ring: Arithmetic, monomial: Monomial, terms: dict[Monomial, Number]
 ) -> Monomial | None:
     """The term ``E[f^2] rest`` that pays for ``E[f]^2 rest``."""
     for base_id, exponent in monomial:
@@ -84,9 +84,9 @@ def _second_moment(
         if exponent != 2 or not isinstance(base, Reduction) or base.kind != "mean":
             continue
         square = tuple((b, e * 2) for b, e in base.monomial)
-        second = ring._reduction("mean", square, base.bound)
+        second = ring.reduction("mean", square, base.bound)
         rest = {b: e for b, e in monomial if b != base_id}
-        partner, _ = ring._merge(tuple(sorted(rest.items())), next(iter(second.terms)))
+        partner, _ = ring.merge(tuple(sorted(rest.items())), next(iter(second.terms)))
         if float(terms.get(partner, 0)) > 0 and all(
             is_even(e) or ring.bases[b].nonnegative for b, e in rest.items()
         ):

@@ -60,4 +60,4 @@ def storage_of(value: Any) -> int | None:
     """The identity of a tensor's memory; None for what is no tensor or has no memory."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)

@@ -106,9 +106,7 @@ def _state(device: str) -> State:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _cast_inputs(
-    node: fx.Node, dtypes: Dtypes, cache: dict[tuple[fx.Node, Any], fx.Node]
-) -> None:
+def _cast_inputs(node: fx.Node, dtypes: Dtypes, cache: dict[tuple[fx.Node, Any], fx.Node]) -> None:
     """Insert before a node the casts that give the recorded dtypes."""
     recorded = _dtypes(node.meta.get("val"))
     if not recorded:
@@ -129,7 +127,7 @@ def _may_stay(node: fx.Node, device: str) -> bool:
     Fake tensors of two dtypes pass through a matrix product that real ones do not; only pointwise
     operations promote their inputs by themselves.
     """
-    values = [argument.meta.get("val") for argument in node.all_input_nodes]
+    values: list[Any] = [argument.meta.get("val") for argument in node.all_input_nodes]
     found = {value.dtype for value in values if _is_cast(value, device, None)}
     return len(found) < 2 or torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
 

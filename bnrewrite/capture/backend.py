@@ -96,6 +96,8 @@ def bnrewrite(
     """The backend of `torch.compile(model, backend="bnrewrite", options={"backend": "eager"})`.
 
     Args:
+        graph: the user's, from Dynamo.
+        example_inputs: of the graph, from Dynamo.
         options: "backend" (the stage after, Inductor by default) and the switches of `optimize`.
         mode: Inductor's mode.
     """

@@ -191,7 +191,8 @@ def _name_placeholders(
 ) -> tuple[dict[str, str], tuple[Input, ...]]:
     """Name placeholders by what they are: `bn1_running_mean`, `input_0`; sizes keep theirs."""
     nodes = _placeholders(module)
-    renamed, inputs = {}, []
+    renamed: dict[str, str] = {}
+    inputs: list[Input] = []
     for node, placeholder in zip(nodes, placeholders, strict=True):
         kind, path = locate(placeholder)
         old = node.name

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
+from torch._dynamo.types import ConvertFrameReturn
 
 from bnrewrite.capture.backend import Compiler
 
-_EAGERLY = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+_EAGERLY = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 PATIENCE = 3  # failures on the user's operations before a function is no longer tried
 
 
@@ -47,26 +48,28 @@ class Tolerant:
 
     def __call__(self, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
         try:
-            return self._converted(args, kwargs, capture_scalar_outputs=True)
+            return self._converted(args, kwargs, scalars_are_inputs=True)
         except Exception as first:
             if _is_wanted(first):
                 raise
         try:
-            return self._converted(args, kwargs, capture_scalar_outputs=False)
+            return self._converted(args, kwargs, scalars_are_inputs=False)
         except Exception as error:
             if _is_wanted(error):
                 raise
             return self._leave(error)
 
-    def _converted(self, args: Any, kwargs: Any, **settings: bool) -> ConvertFrameReturn:
+    def _converted(self, args: Any, kwargs: Any, scalars_are_inputs: bool) -> ConvertFrameReturn:
         """Convert a frame; `nn` hooks that are added or removed later are noticed."""
-        self._compiler.scalars_are_inputs = settings["capture_scalar_outputs"]
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, **settings):
+        self._compiler.scalars_are_inputs = scalars_are_inputs
+        with torch._dynamo.config.patch(
+            capture_scalar_outputs=scalars_are_inputs, skip_nnmodule_hook_guards=False
+        ):
             converted: ConvertFrameReturn = self._convert(*args, **kwargs)
         return converted
 
     def _leave(self, error: Exception) -> ConvertFrameReturn:
-        """Run the frame as it is: for good where Dynamo fails, this time where the user's code does."""
+        """Run the frame as it is: for good where Dynamo fails, once where the user's code does."""
         self._failures += 1
         passing = isinstance(error, torch._dynamo.exc.TorchRuntimeError)
         if not passing or self._failures >= PATIENCE:

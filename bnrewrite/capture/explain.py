@@ -41,13 +41,15 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         TypeError: the model is neither a module nor a function, or is a scripted one.
     """
     check_model(model, "explain")
-    hook = vars(model).get(KEY) if isinstance(model, nn.Module) else None
-    settings = hook.settings if isinstance(hook, Hook) else {}
-    watcher = _Watcher(settings.get("backend", "auto"), settings.get("options", Options()))
+    hook = vars(model).get(KEY)
+    if isinstance(hook, Hook):
+        watcher, dynamic = _Watcher(hook.backend, hook.options), hook.dynamic
+    else:
+        watcher, dynamic = _Watcher("auto", Options()), None
     before = len(torch._dynamo.utils.graph_break_reasons)
     given = tree_map_only(torch.Tensor, _copied, (args, kwargs))
     with _generators_kept(), _unchanged(unwrapped(model)) as subject:
-        run = compiled(own_call(), watcher, settings.get("dynamic"))
+        run = compiled(own_call(), watcher, dynamic)
         run(subject, *given[0], **given[1])
         breaks = torch._dynamo.utils.graph_break_reasons[before:]
         findings = diagnose(watcher.looks, subject)
@@ -106,7 +108,11 @@ def _restored(model: nn.Module) -> Iterator[None]:
     values = {
         tensor: tensor.detach().clone()
         for module in model.modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in (
+            *module._parameters.values(),
+            *module._buffers.values(),
+            *vars(module).values(),
+        )
         if isinstance(tensor, torch.Tensor)
     }
     attributes = [(module, _shallow(vars(module))) for module in model.modules()]

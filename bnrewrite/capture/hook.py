@@ -33,7 +33,7 @@ class Hook:
     """
 
     def __init__(self, backend: str, options: Options, dynamic: bool | None) -> None:
-        self.settings = {"backend": backend, "dynamic": dynamic, "options": options}
+        self.backend, self.options, self.dynamic = backend, options, dynamic
         self.run = compiled(own_call(), Compiler(backend, options), dynamic)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
@@ -43,12 +43,12 @@ class Hook:
         return self
 
     def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[tuple[tuple[str, Any], ...]]]:
-        options: Options = self.settings["options"]  # type: ignore[assignment]
-        plain = {
+        options = {
             name: tuple(value) if isinstance(value, frozenset) else value
-            for name, value in asdict(options).items()
+            for name, value in asdict(self.options).items()
         }
-        return dict, (tuple({**self.settings, "options": plain}.items()),)
+        settings = (("backend", self.backend), ("dynamic", self.dynamic), ("options", options))
+        return dict, (settings,)
 
 
 def install(model: nn.Module, hook: Hook) -> None:
@@ -76,9 +76,7 @@ class _BoundCall:
 
 def is_traced() -> bool:
     """Whether something else looks at the user's code, or transforms it, from outside."""
-    return bool(
-        torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing()
-    )
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing())
 
 
 def _restored(module: Any, plain: dict[str, Any]) -> Hook:

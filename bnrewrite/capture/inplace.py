@@ -100,9 +100,7 @@ def _update_of_itself(node: fx.Node) -> fx.Node | None:
     return given if updates and isinstance(given, fx.Node) and len(given.users) == 1 else None
 
 
-def _is_as_the_user_had_it(
-    node: fx.Node, given: fx.Node, originals: Mapping[str, fx.Node]
-) -> bool:
+def _is_as_the_user_had_it(node: fx.Node, given: fx.Node, originals: Mapping[str, fx.Node]) -> bool:
     """Whether the user's code updates the result of this same operation."""
     original = _original(node, originals)
     assert original is not None

@@ -53,5 +53,3 @@ class _Interpreter(fx.Interpreter):
         if target in self.constants:
             return getattr(self.owner, f"constant_{self.constants.index(target)}")
         return super().get_attr(target, args, kwargs)
-
-

@@ -21,9 +21,10 @@ def differentiable_nodes(graph: fx.Graph, grad_enabled: bool) -> Set[fx.Node]:
                 found.add(node)
         elif node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
-        elif node.op != "output" and enabled and node.target not in _DETACHING:
-            if not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
+        elif node.op == "output" or not enabled or node.target in _DETACHING:
+            continue
+        elif not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 

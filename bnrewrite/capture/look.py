@@ -59,13 +59,13 @@ class Look:
     @property
     def leaking(self) -> frozenset[str]:
         """Inputs of the user's graph whose new value carries autograd history."""
-        updated = {
+        updated = frozenset(
             node.name
             for node in self.graph.graph.nodes
             if node.op == "placeholder"
             and is_updated(node.meta.get("example_value"))
             and node.meta["example_value"].requires_grad
-        }
+        )
         return updated | frozenset(each.placeholder for each in self.rebindings if each.history)
 
     @property

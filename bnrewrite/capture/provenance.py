@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from torch import fx
@@ -32,12 +33,12 @@ def restore_provenance(module: fx.GraphModule) -> None:
 
 
 def source_line(node: fx.Node) -> str:
-    """ "file.py:123" of the innermost line of the user's code; "" where none is known. """
+    """The innermost line of the user's code, "file.py:123"; "" where none is known."""
     lines = _LINE.findall(_users_frames(node.meta.get("stack_trace") or ""))
     return f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
 
 
 def _users_frames(trace: str) -> str:
     starts = [match.start() for match in _FRAME.finditer(trace)] + [len(trace)]
-    frames = [trace[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    frames = [trace[a:b] for a, b in pairwise(starts)]
     return "".join(frame for frame in frames if _PACKAGE not in frame.split("\n", 1)[0])

@@ -25,7 +25,7 @@ def has_captured_scalars(graph_module: fx.GraphModule) -> bool:
 def scalars_allowed(fakes: Sequence[Any]) -> Iterator[None]:
     """Let fake tensors give symbols for numbers, as they did when Dynamo made the graph."""
     fake = next((each for each in fakes if isinstance(each, torch.Tensor)), None)
-    mode = getattr(fake, "fake_mode", None)
+    mode: Any = getattr(fake, "fake_mode", None)
     before = getattr(mode, "allow_scalar_outputs", None)
     if before is None:
         yield

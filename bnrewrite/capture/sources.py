@@ -1,4 +1,4 @@
-"""Where a placeholder of a Dynamo graph comes from: a parameter, a buffer, an attribute, an input."""
+"""Where a placeholder of a Dynamo graph comes from: parameter, buffer, attribute or input."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def name_of(source: Any) -> str | None:
 
 
 def qualified_name(path: str) -> str:
-    """Name of a module within its model: "L['self'].layers.0.norm" -> "layers.0.norm", the root ""."""
+    """Name of a module in its model: "L['self'].layers.0.norm" -> "layers.0.norm", the root ""."""
     return ".".join(_below_root(_steps(path)))
 
 
@@ -68,7 +68,7 @@ def _is_module(source: Any) -> bool:
 
 
 def _steps(name: str) -> list[str]:
-    """ "L['self']._modules['0'].plain" -> ["L", "self", "_modules", "0", "plain"]. """
+    """Split "L['self']._modules['0'].plain" into ["L", "self", "_modules", "0", "plain"]."""
     return ["".join(match) for match in _STEP.findall(name)]
 
 

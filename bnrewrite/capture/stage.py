@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ def run_by(
     """Compile a graph by the stage after.
 
     Args:
+        module: the graph.
+        example_inputs: of the graph.
         backend: "eager", "inductor", or a name that `torch.compiler.list_backends` knows.
         mode: Inductor's, as in `torch.compile`.
     """
@@ -42,14 +45,15 @@ def run_by(
         from torch._inductor.compile_fx import compile_fx
 
         patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else None
-        run: Run = compile_fx(module, list(example_inputs), config_patches=patches)
-        return run
-    run = torch._dynamo.lookup_backend(backend)(module, list(example_inputs))
+        compile_graph: Any = partial(compile_fx, config_patches=patches)
+    else:
+        compile_graph = torch._dynamo.lookup_backend(backend)
+    run: Run = compile_graph(module, list(example_inputs))
     return run
 
 
 def without_autocast(compile_graph: Callable[[], Run]) -> Run:
-    """Compile and run a graph in which the casts of autocast are nodes with autocast switched off."""
+    """Compile and run a graph whose casts are nodes, with autocast switched off."""
     if not any(torch.is_autocast_enabled(device) for device in DEVICES):
         return compile_graph()
     with autocast_off():
