@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 
-class RowNorm(nn.Module):
+class Layer(nn.Module):
+    """A module whose call is known to give a tensor."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+class RowNorm(Layer):
     """A LayerNorm over the last axis."""
 
     def __init__(self, size: int) -> None:
@@ -20,7 +30,7 @@ class RowNorm(nn.Module):
         return (x - mean) / torch.sqrt(variance + 1e-5) * self.weight + self.bias
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Layer):
     """A BatchNorm over the second axis; `update` says how its running statistics are kept."""
 
     def __init__(self, channels: int, update: str = "rebind") -> None:
@@ -100,7 +110,7 @@ UPDATES = (
 )
 
 
-class Net(nn.Module):
+class Net(Layer):
     """A convolution, a hand-written BatchNorm, a ReLU."""
 
     def __init__(self, channels: int = 4, update: str = "rebind") -> None:

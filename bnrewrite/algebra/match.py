@@ -105,8 +105,8 @@ def match(reading: Reading, linear: Linear) -> Match:
     ring = reading.ring
     over = reduced_axes(ring, linear)
     if linear.source not in ring.moments(linear.scale):
-        reason = "its statistics are of a part of the tensor, or of a tensor computed from it"
-        return _general(ring, linear, frozenset(), reason)
+        part_of = "its statistics are of a part of the tensor, or of a tensor computed from it"
+        return _general(ring, linear, frozenset(), part_of)
     if over is None or not over:
         return _general(ring, linear, frozenset(), "its statistics run over different axes")
     split = factored(ring, linear)

@@ -41,7 +41,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         TypeError: the model is neither a module nor a function, or is a scripted one.
     """
     check_model(model, "explain")
-    hook = vars(model).get(KEY)
+    hook = getattr(model, KEY, None)
     if isinstance(hook, Hook):
         watcher, dynamic = _Watcher(hook.backend, hook.options), hook.dynamic
     else:

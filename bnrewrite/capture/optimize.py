@@ -10,9 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bnrewrite.capture.backend import Compiler
-from bnrewrite.capture.dynamo import compiled
-from bnrewrite.capture.hook import KEY, Hook, install, is_traced, own_call
+from bnrewrite.capture.hook import KEY, Hook, install, is_traced
 from bnrewrite.capture.switches import checked_options
 
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -52,24 +50,25 @@ def optimize(
     check_model(model, "optimize")
     _check_backend(backend)
     options = checked_options(strict=strict, disable=disable, only=only, kernels=kernels)
+    hook = Hook(backend, options, dynamic)
     if isinstance(model, nn.Module):
         _detach_statistics(model)
-        install(model, Hook(backend, options, dynamic))
+        install(model, hook)
         return model
     function = unwrapped(model)
-    run = compiled(own_call(), Compiler(backend, options), dynamic)
 
     @functools.wraps(function)
     def optimized(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if is_traced() else run(function, *args, **kwargs)
+        return function(*args, **kwargs) if is_traced() else hook.run(function, *args, **kwargs)
 
-    vars(optimized)[KEY] = function
+    vars(optimized)[KEY] = hook
     return optimized  # type: ignore[return-value]
 
 
 def unwrapped(model: Any) -> Any:
     """The user's function of one that `optimize` returned; anything else as it is."""
-    return model if isinstance(model, nn.Module) else getattr(model, KEY, model)
+    is_wrapper = not isinstance(model, nn.Module) and hasattr(model, KEY)
+    return model.__wrapped__ if is_wrapper else model
 
 
 def check_model(model: Any, name: str) -> None:

@@ -127,7 +127,7 @@ def write_back(
     position = {node.name: i for i, node in enumerate(placeholders)}
     return Around(
         inputs=tuple(position[name] for name in moved),
-        returned=tuple((i, position[each]) for i, each in enumerate(outputs) if each in moved),  # type: ignore[index]
+        returned=tuple((i, position[each]) for i, each in enumerate(outputs) if each in moved),
     )
 
 
