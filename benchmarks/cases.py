@@ -1,7 +1,7 @@
 """What is measured: norms at sizes and memory layouts, each as three equal peers."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,13 @@ class Case:
     layout: str
     training: bool
 
+    @property
+    def mode(self) -> str:
+        return "train" if self.training else "eval"
+
+    def __str__(self) -> str:
+        return f"{self.norm.name}, {self.size}, {self.layout}, {self.mode}"
+
     def tensor(self, device: str) -> Tensor:
         """A random float32 tensor of the case's shape and layout."""
         x = torch.randn(self.size.shape, device=device)
@@ -121,11 +128,13 @@ class Case:
             torch.testing.assert_close(actual, expected, msg=f"{name}: not what native gives")
 
 
-def cases(name: str | None) -> Iterator[Case]:
-    """All cases of the norms whose name contains `name`."""
-    for norm in NORMS:
-        if name is None or name in norm.name:
-            for size in norm.sizes:
-                for layout in LAYOUTS if len(size.shape) == 4 else ("contiguous",):
-                    for training in (True, False):
-                        yield Case(norm, size, layout, training)
+def cases(only: str | None = None) -> list[Case]:
+    """All cases whose text ("layer_norm, 2x8x64, contiguous, train") contains `only`."""
+    every = [
+        Case(norm, size, layout, training)
+        for norm in NORMS
+        for size in norm.sizes
+        for layout in (LAYOUTS if len(size.shape) == 4 else ("contiguous",))
+        for training in (True, False)
+    ]
+    return [case for case in every if only is None or only in str(case)]

@@ -15,7 +15,7 @@ from torch._guards import detect_fake_mode
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Axis, Dims, Opaque, Size, axes_of, product, size_of
-from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.calls import dtype_of, narrows
 from bnrewrite.algebra.expression import (
     Atom,
     Base,
@@ -39,6 +39,10 @@ Value = fx.Node | float | int
 Reusable = dict[Any, tuple[fx.Node, Dims, Number, bool]]
 
 
+CLAMPS = {"clamp_min": aten.clamp_min.default, "clamp_max": aten.clamp_max.default}
+TWO = {**CLAMPS, "maximum": aten.maximum.default, "minimum": aten.minimum.default}
+
+
 class Unwritable(Exception):
     """A formula that has no form in nodes here; the site stays the user's code."""
 
@@ -50,10 +54,12 @@ class Emitter:
         reading: the meanings of the graph.
         before: new nodes go in front of this one and inherit its origin.
         layout: the dimensions that emitted tensors have, those that do not vary being of size 1.
+        dtype: the least precision in which small tensors are computed.
         moments: nodes for E[x] and V of the normalised tensor, by base, where they exist.
     """
 
-    def __init__(self, reading: Reading, before: fx.Node, layout: Dims) -> None:
+    def __init__(self, reading: Reading, before: fx.Node, layout: Dims, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.reading = reading
         self.ring = reading.ring
         self.before = before
@@ -123,6 +129,9 @@ class Emitter:
     def place(self, node: fx.Node, index: Dims, layout: Dims | None = None) -> fx.Node:
         """A tensor whose dimensions run along ``index``, laid out along ``layout``."""
         layout = self.layout if layout is None else layout
+        for dim, axes in enumerate(index):
+            if not axes and _size(node.meta["val"].shape[dim]) != 1:
+                node = self.call(aten.slice.Tensor, node, dim, 0, 1)
         tokens = axes_of(index)
         present = [dim for dim in layout if set(dim) & set(tokens)]
         wanted = [axis for dim in present for axis in dim]
@@ -296,8 +305,9 @@ class Emitter:
         if not isinstance(base.source.meta.get("val"), torch.Tensor):
             return base.source
         node = self.call(aten.detach.default, base.source) if base.stopped else base.source
-        if not node.meta["val"].dtype.is_floating_point:
-            node = self.call(aten.to.dtype, node, dtype_of(self.before))
+        dtype = dtype_of(node)
+        if not dtype.is_floating_point or narrows(self.dtype, dtype):
+            node = self.call(aten.to.dtype, node, self.dtype)
         return self.place(node, base.index)
 
     def _is_stable(self, polynomial: Polynomial) -> bool:
@@ -318,13 +328,13 @@ class Emitter:
         if base.name == "root":
             raise Unwritable("a standard deviation whose gradient is zero at zero")
         arguments = [self.tensor(a) for a in base.arguments]
-        if base.name in ("maximum", "minimum"):
-            low = base.name == "maximum"
+        if base.name in TWO:
             arguments.sort(key=lambda a: not _is_tensor(a))
-            if not _is_tensor(arguments[1]):
-                clamp = aten.clamp_min.default if low else aten.clamp_max.default
-                return self.call(clamp, *arguments)
-            return self.call(aten.maximum.default if low else aten.minimum.default, *arguments)
+            if not _is_tensor(arguments[0]) or _is_tensor(arguments[1]) == (base.name in CLAMPS):
+                raise Unwritable(f"a {base.name} of numbers")
+            return self.call(TWO[base.name], *arguments)
+        if base.name not in ("abs", "exp", "log"):
+            raise Unwritable("a norm whose gradient is zero at zero")
         plain = {"abs": aten.abs.default, "exp": aten.exp.default, "log": aten.log.default}
         return self.call(plain[base.name], *arguments)
 
@@ -332,7 +342,7 @@ class Emitter:
         if base.kind != "mean":
             raise Unwritable("a maximum")
         bound = tuple((axis,) for axis in sorted(base.bound, key=lambda a: a.serial))
-        inner = Emitter(self.reading, self.before, (*self.layout, *bound))
+        inner = Emitter(self.reading, self.before, (*self.layout, *bound), self.dtype)
         inner.reusable, inner._symbols = self.reusable, self._symbols
         value = inner.tensor(Polynomial({base.monomial: 1}))
         assert isinstance(value, fx.Node)

@@ -116,7 +116,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         return
     found.node.replace_all_uses_with(replacement)
     for old, new in state.replaced.items():
-        _replace_output(rewriting.graph, old, new)
+        _replace_value(rewriting, old, new)
     buffers = [u.buffer for u in state.updates if u.buffer is not None]
     decision.state += [str(b.meta.get("path") or b.name) for b in buffers]
 
@@ -167,10 +167,18 @@ def _write_state(writing: Writing, state: BatchState) -> None:
     write_updates(writing, state, {"mean": (mean, one), "variance": (variance, one)}, dims)
 
 
-def _replace_output(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """The new value of a buffer, for everything that comes after it."""
+def _replace_value(rewriting: Rewriting, old: fx.Node, new: fx.Node) -> None:
+    """The new value of a buffer, where buffers take it; everywhere, if no gradient is lost."""
+    assert rewriting.reading is not None
+    *_, output = rewriting.graph.nodes
+    if rewriting.reading.ring.differentiable(old):
+        count = len(rewriting.canonical.mutated)
+        values = list(output.args[0])
+        values[:count] = [new if v is old else v for v in values[:count]]
+        output.args = (type(output.args[0])(values),)
+        return
     later = False
-    for node in list(graph.nodes):
+    for node in list(rewriting.graph.nodes):
         if later and old in node.all_input_nodes:
             node.replace_input_with(old, new)
         later = later or node is new

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from bnrewrite.algebra.axes import Dims, axes_of, product
@@ -104,11 +105,23 @@ def _inputs(writing: Writing, dims: Dims) -> tuple[fx.Node, Any, Any]:
     ring = writing.reading.ring
     stored = (ring.raw(found.weight) | ring.raw(found.bias)) - {source}
     dtypes = {dtype_of(n) for n in stored if isinstance(n, fx.Node)} | {dtype_of(source)}
-    if dtypes == {writing.result_dtype}:
+    plain = all(_is_plain(v) for v in (found.weight, found.bias))
+    if dtypes == {writing.result_dtype} and plain and found.kind != "batch_norm":
         writing.dtype = writing.result_dtype
+    if found.kind == "batch_norm" and writing.dtype != torch.float64:
+        writing.dtype = torch.float32
     weight = writing.vector(found.weight, dims, 1, writing.dtype)
     bias = writing.vector(found.bias, dims, 0, writing.dtype)
     return writing.input(), weight, bias
+
+
+def _is_plain(value: Polynomial) -> bool:
+    """A parameter as it is, or a number: nothing is computed, so nothing is rounded."""
+    return value.constant is not None or (
+        len(value.terms) == 1
+        and value.terms.get(next(iter(value.terms))) == 1
+        and len(next(iter(value.terms))) == 1
+    )
 
 
 def _eps(writing: Writing) -> Any:
@@ -141,6 +154,8 @@ def _group(writing: Writing, state: BatchState) -> fx.Node:
     found = writing.match
     channels = writing.layout[1]
     x, weight, bias = _inputs(writing, (channels,))
+    if weight is None and bias is not None:
+        weight = writing.emitter.call(aten.ones_like.default, bias)
     groups = writing.emitter.extent(product(a.size for a in channels if a not in found.over))
     y = writing.emitter.call(aten.group_norm.default, x, groups, weight, bias, _eps(writing), True)
     return writing.finish(y)

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from bnrewrite.algebra import Reading
@@ -73,9 +72,8 @@ class BatchState:
             return None, None, 0.0
         extent = emitter.extent(product(a.size for a in channels[0]))
         source = writing.match.linear.source.meta["val"]
-        dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
         mean_, variance_ = (
-            emitter.call(aten.zeros.default, [extent], dtype=dtype, device=source.device)
+            emitter.call(aten.zeros.default, [extent], dtype=writing.dtype, device=source.device)
             for _ in range(2)
         )
         return mean_, variance_, 1.0
@@ -193,7 +191,7 @@ def _native_pair(
 ) -> tuple[Update, Update, Number | fx.Node] | None:
     """(running mean, running variance, momentum), where they are exactly ``batch_norm``'s."""
     if len(updates) != 2 or any(
-        u.buffer is None or dtype_of(u.buffer) not in _NATIVE for u in updates
+        u.buffer is None or dtype_of(u.buffer) != writing.dtype for u in updates
     ):
         return None
     found, ring = writing.match, writing.reading.ring
@@ -212,9 +210,6 @@ def _native_pair(
                 return None
             return mean, variance, first
     return None
-
-
-_NATIVE = (torch.float32, torch.float64)
 
 
 def _momentum(writing: Writing, update: Update, statistic: Polynomial) -> Number | fx.Node | None:

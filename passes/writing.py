@@ -10,7 +10,7 @@ from torch import fx
 
 from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.axes import Dims, Size, axes_of, product, size_of
-from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import Polynomial
 from bnrewrite.algebra.site import Moments
 
@@ -36,12 +36,12 @@ class Writing:
         self.match = match
         self.reading = reading
         self.layout = layout or split_layout(match.linear.index, match.over)
-        self.emitter = Emitter(reading, match.node, self.layout)
+        self.result_dtype = dtype_of(match.node)
+        self.dtype = compute_dtype(reading, match.node)
+        self.emitter = Emitter(reading, match.node, self.layout, self.dtype)
         self.emitter.reusable = reusable
         self.emitter._symbols = dict(sizes)
         self.emitter.sizes_of(match.linear.source)
-        self.result_dtype = dtype_of(match.node)
-        self.dtype = compute_dtype(reading, match.node)
         self._moments: dict[bool, tuple[fx.Node, fx.Node]] = {}
         self._square: dict[bool, fx.Node] = {}
         self._input: fx.Node | None = None
@@ -103,7 +103,7 @@ class Writing:
 
     def along(self, dims: Dims) -> Emitter:
         """An emitter for tensors that run along some of the axes only."""
-        emitter = Emitter(self.reading, self.match.node, dims)
+        emitter = Emitter(self.reading, self.match.node, dims, self.dtype)
         emitter._symbols = self.emitter._symbols
         return emitter
 
@@ -115,7 +115,7 @@ class Writing:
         emitter = self.along(dims)
         written = emitter.tensor(value)
         extents = [emitter.extent(s) for s in shape]
-        if not isinstance(written, fx.Node):
+        if not is_tensor(written):
             device = self.match.linear.source.meta["val"].device
             return emitter.call(aten.full.default, extents, written, dtype=dtype, device=device)
         if [size_of(s) for s in written.meta["val"].shape] != shape:
@@ -142,15 +142,15 @@ class Writing:
         return node
 
     def _with_strides(self, node: fx.Node) -> fx.Node:
+        """The user's memory layout: what comes after may rely on it."""
         wanted, found = self.match.node.meta["val"], node.meta["val"]
         if _strides(wanted) == _strides(found):
             return node
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            if memory_format is torch.channels_last and wanted.dim() != 4:
-                continue
-            if wanted.is_contiguous(memory_format=memory_format):
-                return self.emitter.call(aten.contiguous.default, node, memory_format=memory_format)
-        return node
+        order = sorted(range(wanted.dim()), key=lambda d: -_hint(wanted.stride(d)))
+        node = self.emitter.call(aten.permute.default, node, order)
+        node = self.emitter.call(aten.contiguous.default, node)
+        back = [order.index(d) for d in range(wanted.dim())]
+        return self.emitter.call(aten.permute.default, node, back)
 
 
 def compute_dtype(reading: Reading, node: fx.Node) -> torch.dtype:
@@ -159,6 +159,10 @@ def compute_dtype(reading: Reading, node: fx.Node) -> torch.dtype:
         (source, *_) = node.all_input_nodes
         return dtype_of(source)
     return dtype_of(node)
+
+
+def _hint(stride: int | torch.SymInt) -> int:
+    return int(stride.node.hint) if isinstance(stride, torch.SymInt) else stride
 
 
 def _strides(value: torch.Tensor) -> list[Size]:

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-golden",
         action="store_true",
-        help="write the golden graphs from what the rewriter does now, to be read before use",
+        help="write spellings/golden.txt from what the rewriter does now (not with -n)",
     )
 
 

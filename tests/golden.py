@@ -120,9 +120,10 @@ class Golden:
         return self.texts.setdefault(family, text) if self.write else self.texts.get(family, "")
 
     def save(self) -> None:
-        """Writes the file, where that was asked for."""
+        """Writes the file, where that was asked for; families that did not run stay in it."""
         if self.write:
-            parts = [f"[{family}]\n{text}\n" for family, text in self.texts.items()]
+            texts = read_golden() | self.texts
+            parts = [f"[{family}]\n{text}\n" for family, text in sorted(texts.items())]
             GOLDEN.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hand_written import BatchNorm, Net, RowNorm
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import bnrewrite
 from bnrewrite.capture import Canonical, Input, capture
@@ -228,13 +229,12 @@ def test_autocast(inside: bool, widened: bool, monkeypatch: pytest.MonkeyPatch) 
         copy.deepcopy(users), backend="eager", disable=["plan", "lower", "cleanup"]
     )
     monkeypatch.setattr(Look, "is_rewritten", True)  # the captured graph runs, rewritten or not
-    x = torch.randn(4, 8)
+    x, expected = torch.randn(4, 8), torch.empty(0)
     for each in (users, model, unchanged):
         with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
             y = each(x)
         torch.autograd.backward(y.float().pow(3).sum())
-        if each is users:
-            expected = y
+        expected = y if each is users else expected
         assert y.dtype == expected.dtype
         if each is unchanged:
             assert torch.equal(y, expected)
@@ -267,7 +267,7 @@ class Checkpointed(nn.Module):
         self.linear, self.norm = nn.Linear(8, 8), RowNorm(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+        y = checkpoint(self.inner, x, use_reentrant=False)
         assert isinstance(y, Tensor)
         return y * 2
 
@@ -275,9 +275,12 @@ class Checkpointed(nn.Module):
         return self.norm(self.linear(x))
 
 
-@pytest.mark.filterwarnings("ignore::bnrewrite.BnrewriteWarning")
-def test_activation_checkpointing() -> None:
-    same_training(Checkpointed(), [torch.randn(4, 8) for _ in range(2)])
+def test_activation_checkpointing_is_left_and_said() -> None:
+    model = bnrewrite.optimize(Checkpointed(), backend="eager")
+    assert "does not go through tag_activation_checkpoint" in one_warning(model, torch.ones(2, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bnrewrite.BnrewriteWarning)
+        same_training(Checkpointed(), [torch.randn(4, 8) for _ in range(2)])
 
 
 def one_warning(model: nn.Module, *calls: Any) -> str:

@@ -70,7 +70,7 @@ def test_examples_run(module: str, shown: str) -> None:
 
 
 def test_benchmarks_run(tmp_path: Path) -> None:
-    arguments = ["--only", "layer_norm", "--rounds", "2", "--output", str(tmp_path)]
+    arguments = ["--only", "layer_norm, 2x8x64", "--rounds", "2", "--output", str(tmp_path)]
     _run("benchmarks.norms", *arguments)
     _run("benchmarks.rewriter", "--sites", "5", "10", "--output", str(tmp_path))
     written = {path.name for path in tmp_path.iterdir()}

@@ -11,6 +11,7 @@ import sympy
 from .axes import Axis, Opaque, Size, product
 from .expression import (
     LIMIT,
+    MAXIMA,
     ONE,
     ZERO,
     Base,
@@ -24,7 +25,6 @@ from .expression import (
     added,
     exact,
     inverse,
-    is_even,
     magnitude,
     number,
     scaled,
@@ -170,8 +170,14 @@ class Arithmetic(Interning):
                 continue
             total = exact(old + exponent)
             base = self.bases[base_id]
-            if (total == 0 or (old < 0) != (total < 0)) and not self.never_zero(base):
-                raise Opaque("a factor that may be zero cancels")
+            flips = total == 0 or (old < 0) != (total < 0)
+            heals = isinstance(total, int) and not (
+                isinstance(old, int) and isinstance(exponent, int)
+            )
+            if (flips or heals) and not self.never_zero(base):
+                raise Opaque("a factor that may be zero cancels, or a root of zero")
+            if heals and not base.nonnegative:
+                raise Opaque("a root that may not exist")
             del exponents[base_id]
             if isinstance(base, Sum) and isinstance(total, int) and total > 0:
                 expand.append(self.power(base.polynomial, total))
@@ -189,7 +195,7 @@ class Arithmetic(Interning):
         if isinstance(base, Sum):
             return positive(self, base.polynomial)
         if isinstance(base, Function):
-            if base.name == "maximum":
+            if base.name in MAXIMA:
                 return any(positive(self, a) for a in base.arguments)
             return base.name in ("exp", "sigmoid") or (
                 base.name == "root" and positive(self, base.argument)
@@ -206,7 +212,12 @@ class Arithmetic(Interning):
         if isinstance(exponent, int):
             result = number(_number_power(coefficient, exponent))
             for base_id, old in monomial:
-                factor = self._power_of_base(base_id, exact(old * exponent))
+                total = exact(old * exponent)
+                if isinstance(total, int) and not isinstance(old, int):
+                    base = self.bases[base_id]
+                    if not self.never_zero(base) or not base.nonnegative:
+                        raise Opaque("the square of a root that may not exist")
+                factor = self._power_of_base(base_id, total)
                 result = self.multiply(result, factor)
             return result
         if coefficient < 0:
@@ -217,11 +228,9 @@ class Arithmetic(Interning):
         for base_id, old in monomial:
             base = self.bases[base_id]
             total = exact(old * exponent)
-            if base.nonnegative or not isinstance(old, int):
+            sound = base.nonnegative and (abs(old) == 1 or self.never_zero(base))
+            if sound or not isinstance(old, int):
                 result = self.multiply(result, self._power_of_base(base_id, total))
-            elif is_even(old):
-                magnitude = self.absolute(Polynomial({((base_id, 1),): 1}))
-                result = self.multiply(result, self.power(magnitude, total))
             else:
                 rest.append((base_id, old))
         if rest:

@@ -22,6 +22,7 @@ Exponent = int | Fraction
 Monomial = tuple[tuple[int, Exponent], ...]
 
 DIGITS = 13  # coefficients are compared to this many digits; they are kept and emitted exactly
+MAXIMA = ("maximum", "clamp_min")  # alike but for the gradient where both are equal
 LIMIT = 96  # a formula of more terms than this is no norm; its node becomes an atom
 
 

@@ -102,7 +102,14 @@ class _Writer:
         arguments = [self.sum(a) for a in base.arguments]
         if base.name == "root":
             return sympy.sqrt(arguments[0])
-        known = {"abs": sympy.Abs, "maximum": sympy.Max, "minimum": sympy.Min, "exp": sympy.exp}
+        known = {
+            "abs": sympy.Abs,
+            "maximum": sympy.Max,
+            "clamp_min": sympy.Max,
+            "clamp_max": sympy.Min,
+            "minimum": sympy.Min,
+            "exp": sympy.exp,
+        }
         return known.get(base.name, sympy.Function(base.name))(*arguments)
 
     def atom(self, base: Atom) -> sympy.Expr:

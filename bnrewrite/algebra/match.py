@@ -11,6 +11,7 @@ from torch import fx
 from .axes import Axis
 from .catalogue import Roles, name_centred
 from .expression import (
+    MAXIMA,
     ONE,
     ZERO,
     Exponent,
@@ -22,6 +23,7 @@ from .expression import (
     Reduction,
     Sum,
     added,
+    exact,
     factor_of,
     number,
     rounded,
@@ -215,7 +217,18 @@ def _named_uncentred(ring: Ring, base: Match, found: Denominator) -> Match:
         )
     root = found.inside if found.order == 2 and not found.masked else None
     kind = "lp_normalize" if lp else "rms_norm"
-    return replace(base, kind=kind, eps=eps, root_eps=root, masked=found.masked, order=found.order)
+    weight = base.weight
+    if root is not None:
+        weight = ring.multiply(weight, found.factor)
+    return replace(
+        base,
+        kind=kind,
+        eps=eps,
+        root_eps=root,
+        weight=weight,
+        masked=found.masked,
+        order=found.order,
+    )
 
 
 def _is_over_sum(ring: Ring, base: Match, found: Denominator) -> bool:
@@ -232,7 +245,7 @@ def _is_over_sum(ring: Ring, base: Match, found: Denominator) -> bool:
 
 def _clamped(ring: Ring, base: Match) -> bool:
     first = ring.bases[base.part[0][0]]
-    return isinstance(first, Function) and first.name == "maximum"
+    return isinstance(first, Function) and first.name in MAXIMA
 
 
 def _number_factor(weight: Polynomial) -> float | None:
@@ -257,7 +270,7 @@ def denominator(
         plain = _norm(ring, linear, rest, moments, over) if rest else None
         found = _outside(plain, float(constant))
         return replace(found, factor=_sizes(ring, rest)) if found and rest else None
-    if isinstance(base, Function) and base.name == "maximum" and exponent in (-1, Fraction(-1, 2)):
+    if isinstance(base, Function) and base.name in MAXIMA and exponent in (-1, Fraction(-1, 2)):
         return _clamp(ring, linear, base, exponent == -1, moments, over)
     inverse = Polynomial({((part[0][0], -exponent),): 1})
     return _norm(ring, linear, inverse, moments, over)
@@ -274,7 +287,7 @@ def _under_root(
     """(a V + e) or (a E[x^2] + e), scaled to a = 1."""
     ((square, _),) = moments.square.terms.items()
     lead = factor_of(polynomial, square[0][0])
-    if not positive(ring, lead) or ring.axes(lead):
+    if not positive(ring, lead) or ring.raw(lead) or ring.moments(lead):
         return None
     for variance, moment in ((True, moments.variance(ring)), (False, moments.square)):
         rest = added(polynomial, ring.multiply(lead, moment), -1).constant
@@ -309,8 +322,12 @@ def _norm(
     for order, masked, variance, candidate in known:
         if candidate == single:
             return Denominator(variance, order, ZERO, None, masked)
-    exponent = items[0][1]
-    if exponent and exponent != 1 and isinstance(exponent, Fraction):
+    base, exponent = ring.bases[items[0][0]], items[0][1]
+    if isinstance(base, Function) and base.name.startswith("root ") and exponent == 1:
+        power = exact(Fraction(base.name.removeprefix("root ")))
+        if ring.mean(ring.power(magnitude, power), over) == base.argument:
+            return Denominator(False, float(power), ZERO, None, True)
+    if isinstance(exponent, Fraction):
         power = 1 / exponent
         if ring.power(ring.mean(ring.power(magnitude, power), over), exponent) == single:
             return Denominator(False, float(power), ZERO, None, False)

@@ -128,7 +128,10 @@ def read(graph: fx.Graph, *, grad_enabled: bool = True) -> Reading:
     """
     from .semantics import SEMANTICS  # the table imports this module's types
 
-    gradients = _differentiable(graph, grad_enabled)
+    ever = grad_enabled or any(
+        n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes
+    )
+    gradients = _differentiable(graph, grad_enabled, ever)
     reading = Reading(Ring(lambda source: source in gradients), anchors=anchors(graph))
     grad = grad_enabled
     for node in graph.nodes:
@@ -136,7 +139,7 @@ def read(graph: fx.Graph, *, grad_enabled: bool = True) -> Reading:
             grad = bool(node.args[0])
             continue
         reading.graded = grad
-        _read_node(reading, node, SEMANTICS, stopped=grad_enabled and not grad)
+        _read_node(reading, node, SEMANTICS, stopped=ever and not grad)
     return reading
 
 
@@ -186,14 +189,14 @@ def _opaque(reading: Reading, node: fx.Node) -> Meaning:
     return reading.atom(node)
 
 
-def _differentiable(graph: fx.Graph, grad_enabled: bool) -> frozenset[fx.Node]:
+def _differentiable(graph: fx.Graph, grad_enabled: bool, ever: bool) -> frozenset[fx.Node]:
     """The nodes that carry a gradient."""
     found: set[fx.Node] = set()
     grad = grad_enabled
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            if grad_enabled and isinstance(value, torch.Tensor) and node.meta["requires_grad"]:
+            if ever and isinstance(value, torch.Tensor) and node.meta["requires_grad"]:
                 found.add(node)
         elif node.op == "call_function":
             if node.target is torch._C._set_grad_enabled:

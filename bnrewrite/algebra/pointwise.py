@@ -71,21 +71,24 @@ def power(ring: Ring, base: Polynomial, exponent: Polynomial) -> Polynomial:
     return ring.power(base, value)
 
 
-def maximum(ring: Ring, left: Polynomial, right: Polynomial) -> Polynomial:
-    """The larger of two values; a value that is never below the other is the maximum itself."""
+def maximum(ring: Ring, left: Polynomial, right: Polynomial, name: str = "maximum") -> Polynomial:
+    """The larger of two values; a value that is never below the other is the maximum itself.
+
+    ``clamp_min`` and ``maximum`` differ in the gradient where both are equal.
+    """
     if nonnegative(ring, added(left, right, -1)):
         return left
     if nonnegative(ring, added(right, left, -1)):
         return right
     a, b = sorted((left, right), key=lambda p: p.key)
     nonneg = nonnegative(ring, a) or nonnegative(ring, b)
-    return ring.function("maximum", a, b, nonneg=nonneg)
+    return ring.function(name, a, b, nonneg=nonneg)
 
 
-def minimum(ring: Ring, left: Polynomial, right: Polynomial) -> Polynomial:
+def minimum(ring: Ring, left: Polynomial, right: Polynomial, name: str = "minimum") -> Polynomial:
     """The smaller of two values."""
     a, b = sorted((left, right), key=lambda p: p.key)
-    return ring.function("minimum", a, b, nonneg=nonnegative(ring, a) and nonnegative(ring, b))
+    return ring.function(name, a, b, nonneg=nonnegative(ring, a) and nonnegative(ring, b))
 
 
 def clamp(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -93,10 +96,12 @@ def clamp(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     _floating(node)
     meaning = reading.operand(a["self"])
     dims, value = meaning.dims, meaning.value
-    for bound, function in ((a.get("min"), maximum), (a.get("max"), minimum)):
+    for key, function in (("min", maximum), ("max", minimum)):
+        bound = a.get(key)
         if bound is not None:
             dims, (value, limit) = reading.broadcast(Meaning(dims, value), reading.operand(bound))
-            value = function(reading.ring, value, limit)
+            name = f"clamp_{key}" if limit.constant is not None else f"clamp_{key} by a tensor"
+            value = function(reading.ring, value, limit, name)
     return Meaning(dims, value)
 
 
@@ -178,6 +183,11 @@ def sym_float(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     return reading.operand(a["self"])
 
 
+def rsub(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``other - alpha * self``."""
+    return _sub(reading, node, {**a, "self": a["other"], "other": a["self"]})
+
+
 _add = _binary(lambda ring, x, y: added(x, y))
 _sub = _binary(lambda ring, x, y: added(x, y, -1))
 _div = _binary(Ring.divide)
@@ -192,7 +202,7 @@ def pow_(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 POINTWISE: dict[str, Rule] = {
     "add": _add, "sub": _sub, "subtract": _sub, "mul": bilinear, "multiply": bilinear,
     "div": _div, "divide": _div, "true_divide": _div,
-    "rsub": _binary(lambda ring, x, y: added(y, x, -1)),
+    "rsub": rsub,
     "neg": _unary(lambda ring, x: scaled(x, -1)),
     "negative": _unary(lambda ring, x: scaled(x, -1)),
     "square": _unary(lambda ring, x: ring.multiply(x, x)),

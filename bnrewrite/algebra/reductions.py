@@ -10,7 +10,7 @@ from torch import fx
 
 from .axes import Axis, Dim, Dims, Opaque, Size, axes_of, product
 from .calls import reduced_dims, shape_of
-from .expression import Polynomial, added, number
+from .expression import Polynomial, added, exact, number
 from .meaning import Meaning, Reading
 from .ring import Ring
 
@@ -129,8 +129,10 @@ def p_norm(r: Reduced, order: object) -> Polynomial:
         return r.ring.maximum_over(magnitude, r.over)
     if order == 1:
         return r.sum(magnitude)
-    exponent = Fraction(order).limit_denominator(64)
-    return r.ring.power(r.sum(r.ring.power(magnitude, exponent)), 1 / exponent)
+    exponent = exact(order)
+    mean = r.ring.mean(r.ring.power(magnitude, exponent), r.over)
+    root = r.ring.function(f"root {exponent}", mean, nonneg=True)
+    return r.ring.multiply(r.ring.power(r.ring.extent(r.count), 1 / Fraction(exponent)), root)
 
 
 def maximum(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -174,7 +176,9 @@ def einsum(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
         if len(set(letters_of)) != len(letters_of):
             raise Opaque("a diagonal")
         meaning = reading.operand(tensor)
-        extents.update(zip(letters_of, shape_of(tensor), strict=True))
+        for letter, extent in zip(letters_of, shape_of(tensor), strict=True):
+            if extents.get(letter, 1) == 1:
+                extents[letter] = extent
         order = sorted(letters.keys() | set(letters_of))
         mine = dict(zip(letters_of, meaning.dims, strict=True))
         dims, (value, factor) = reading.broadcast(

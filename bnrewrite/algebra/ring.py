@@ -62,7 +62,7 @@ class Ring(Arithmetic):
         bound = over & free
         if len(monomial) == 1 and monomial[0][1] == 1:
             inner = self.bases[monomial[0][0]]
-            if isinstance(inner, Reduction) and inner.kind == kind:
+            if isinstance(inner, Reduction) and inner.kind == kind == "mean":
                 monomial, bound = inner.monomial, bound | inner.bound
         return self.reduction(kind, *self._canonical(monomial, bound))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from .axes import Opaque
 from .expression import Atom, Function, Monomial, Reduction, Sum, is_even
 from .match import Match, affine, is_parameter, match
 from .meaning import Reading
@@ -46,7 +47,10 @@ def _of_node(reading: Reading, node: fx.Node) -> Match | None:
     if related & ring.raw(meaning.value):
         for linear in linear_forms(reading, node):
             if linear.source in related and divides_by_moment(reading, linear):
-                return match(reading, linear)
+                try:
+                    return match(reading, linear)
+                except Opaque:
+                    return None
     return None
 
 

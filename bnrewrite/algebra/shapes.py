@@ -9,6 +9,7 @@ from torch import fx
 
 from .axes import Axis, Dim, Dims, Opaque, Size, regroup, size_of
 from .calls import COUNTS, dtype_of, narrows, shape_of
+from .expression import number
 from .meaning import Meaning, Reading
 
 
@@ -69,6 +70,8 @@ def copy(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 def view(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     """Any reshape: axes are split and regrouped in row-major order."""
     source = a["self"]
+    if dtype_of(source) != dtype_of(node):
+        raise Opaque("bits read as another dtype")
     meaning = reading.operand(source)
     dims = materialised(meaning.dims, shape_of(source))
     new, moves = regroup(dims, shape_of(node))
@@ -184,10 +187,11 @@ def filled(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
         value = 0
     else:
         value = a.get("fill_value", a.get("s"))
-    constant = reading.operand(value)
-    if constant.dims:
-        raise Opaque("a tensor filled with a tensor")
-    return Meaning(((),) * len(shape_of(node)), constant.value)
+    constant = reading.operand(value).value.constant
+    if constant is None:
+        raise Opaque("a tensor filled with a value that is not a number")
+    kept = torch.tensor(float(constant), dtype=dtype_of(node)).item()
+    return Meaning(((),) * len(shape_of(node)), number(float(kept)))
 
 
 def size(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:

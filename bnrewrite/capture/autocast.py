@@ -45,7 +45,7 @@ def make_casts_explicit(graph: fx.Graph) -> None:
     cache: dict[tuple[fx.Node, Any], fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is ENTER:
-            device, dtype, enabled = (*node.args, None, True)[:3]
+            device, dtype, enabled = _settings(*node.args)
             outer[node] = current
             current = {each: current[each] for each in current if each != device}
             if enabled:
@@ -104,6 +104,10 @@ def exit_autocast(state: State) -> None:
 
 def _state(device: str) -> State:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _settings(device: str, dtype: torch.dtype | None = None, enabled: bool = True, *_: Any) -> Any:
+    return device, dtype, enabled
 
 
 def _cast_inputs(node: fx.Node, dtypes: Dtypes, cache: dict[tuple[fx.Node, Any], fx.Node]) -> None:

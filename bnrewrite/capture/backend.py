@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 
 from bnrewrite.capture.aliases import outputs_of, returned_inputs
 from bnrewrite.capture.inplace import restore_updates_in_place
@@ -64,7 +65,7 @@ class Compiler:
             try:
                 graph, around = rewritten_graph(look, later)
                 return without_autocast(lambda: self._run(backend, graph, around, example_inputs))
-            except torch._dynamo.exc.RestartAnalysis:
+            except RestartAnalysis:
                 raise  # how Inductor asks Dynamo for another graph
             except Exception as error:
                 self.warn(f"{backend} does not take the rewritten graph: {sentence(error)}")

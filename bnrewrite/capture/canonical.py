@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch.fx.traceback import preserve_node_meta
 
 from bnrewrite.capture.aliases import refuse_views_of_updated_inputs
 from bnrewrite.capture.autocast import make_casts_explicit
@@ -79,13 +80,16 @@ def canonicalise(
     refuse_views_of_updated_inputs(graph_module)
     fakes = _fake_inputs(placeholders, example_inputs)
     constants = _tensor_constants(graph_module)
-    with fx.traceback.preserve_node_meta(), scalars_allowed(fakes):
-        traced, signature = aot_export_module(
-            Interpreted(graph_module, constants),
-            fakes,
-            trace_joint=False,
-            pre_dispatch=True,
-        )
+    try:
+        with preserve_node_meta(), scalars_allowed(fakes):
+            traced, signature = aot_export_module(
+                Interpreted(graph_module, constants), fakes, trace_joint=False, pre_dispatch=True
+            )
+    except Exception as error:
+        nested = _higher_order(graph_module)
+        if nested:
+            raise CaptureError(f"tracing does not go through {', '.join(nested)}") from error
+        raise
     module = _checked(traced, signature, placeholders)
     _restore_constants(module, constants)
     make_casts_explicit(module.graph)
@@ -165,6 +169,16 @@ def _tensor_constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 found[node.target] = value
     return found
+
+
+def _higher_order(graph_module: fx.GraphModule) -> list[str]:
+    """Names of the operations that call a graph of their own, such as activation checkpointing."""
+    kinds = {
+        str(node.target)
+        for node in graph_module.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+    }
+    return sorted(kinds)
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

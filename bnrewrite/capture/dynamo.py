@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
+from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.types import ConvertFrameReturn
 
 from bnrewrite.capture.backend import Compiler
@@ -71,7 +72,7 @@ class Tolerant:
     def _leave(self, error: Exception) -> ConvertFrameReturn:
         """Run the frame as it is: for good where Dynamo fails, once where the user's code does."""
         self._failures += 1
-        passing = isinstance(error, torch._dynamo.exc.TorchRuntimeError)
+        passing = isinstance(error, TorchRuntimeError)
         if not passing or self._failures >= PATIENCE:
             self._compiler.warn(f"Dynamo fails on it: {type(error).__name__}: {_first_line(error)}")
             return ConvertFrameReturn()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.dynamo import compiled
@@ -76,7 +77,7 @@ class _BoundCall:
 
 def is_traced() -> bool:
     """Whether something else looks at the user's code, or transforms it, from outside."""
-    return bool(torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing())
+    return bool(peek_interpreter_stack() is not None or torch._C._is_tracing())
 
 
 def _restored(module: Any, plain: dict[str, Any]) -> Hook:

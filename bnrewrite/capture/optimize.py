@@ -54,7 +54,7 @@ def optimize(
     if isinstance(model, nn.Module):
         _detach_statistics(model)
         install(model, hook)
-        return model
+        return model  # type: ignore[return-value, unused-ignore]
     function = unwrapped(model)
 
     @functools.wraps(function)

@@ -148,7 +148,7 @@ def filter_response(m: Written, x: Tensor) -> Tensor:
 
 def filter_response_divided(m: Written, x: Tensor) -> Tensor:
     power = (x * x).sum(PLANE, keepdim=True) / (x.shape[2] * x.shape[3])
-    return torch.maximum(x / (power + EPS).sqrt() * m.weight + m.bias, m.threshold)
+    return torch.max(x / (power + EPS).sqrt() * m.weight + m.bias, m.threshold)
 
 
 def family(
@@ -169,7 +169,10 @@ UPDATED = family(
 OUTSIDE = family(
     "layer norm by std + eps", annotated, (3, 5, 8), (2,), {"weight": (8,), "bias": (8,)}
 )
-TWICE = family("variance corrected twice", corrected_twice, IMAGE, AXES, VECTORS)
+TWICE = family(
+    "variance corrected twice", corrected_twice, IMAGE, AXES, VECTORS,
+    kinds=("general", "batch_norm"),  # the factor can go into eps and weight
+)  # fmt: skip
 ADAPTIVE = family(
     "adaptive instance norm", adaptive_instance, IMAGE, PLANE, {"filters": (1, 6, 4, 4)},
     kinds=("general", "instance_norm"),
