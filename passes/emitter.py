@@ -160,11 +160,16 @@ class Emitter:
 
     def reused(self, polynomial: Polynomial) -> Value | None:
         """A node of the user's with this meaning, up to a number."""
-        unit, lead = normalised(polynomial)
+        if not self.reusable or not self.ring.moments(polynomial):
+            return None
+        lettered, names = self.ring.lettered(polynomial, axes_of(self.layout))
+        unit, lead = normalised(lettered)
         entry = self.reusable.get(unit.key)
         if entry is None:
             return None
         node, dims, coefficient, direct = entry
+        back = {letter: axis for axis, letter in names.items()}
+        dims = tuple(tuple(back.get(a, a) for a in dim) for dim in dims)
         if not direct and self.given and self._has_mean(polynomial):
             if not _is_root(self.ring, polynomial):
                 return None
@@ -253,7 +258,7 @@ class Emitter:
         right = _plain(right) if isinstance(right, Fraction) else right
         if not isinstance(left, fx.Node) and left == 1:
             return right
-        if not isinstance(right, fx.Node) and right == 1:
+        if not isinstance(right, fx.Node) and abs(right - 1) < 4e-16:
             return left
         if not isinstance(right, fx.Node) and right == -1 and _is_tensor(left):
             return self.call(aten.neg.default, left)
@@ -330,8 +335,10 @@ class Emitter:
         arguments = [self.tensor(a) for a in base.arguments]
         if base.name in TWO:
             arguments.sort(key=lambda a: not _is_tensor(a))
-            if not _is_tensor(arguments[0]) or _is_tensor(arguments[1]) == (base.name in CLAMPS):
+            if not _is_tensor(arguments[0]) or (base.name in CLAMPS and _is_tensor(arguments[1])):
                 raise Unwritable(f"a {base.name} of numbers")
+            if base.name not in CLAMPS and not _is_tensor(arguments[1]):
+                arguments[1] = self.call(aten.full_like.default, arguments[0], arguments[1])
             return self.call(TWO[base.name], *arguments)
         if base.name not in ("abs", "exp", "log"):
             raise Unwritable("a norm whose gradient is zero at zero")

@@ -74,10 +74,12 @@ class _Statistics:
         if not value.terms or value.constant is not None or not ring.moments(value):
             return
         if not ring.raw(value) & self.reading.anchors:
-            unit, lead = normalised(value)
+            lettered, names = ring.lettered(value, axes_of(meaning.dims))
+            unit, lead = normalised(lettered)
+            dims = tuple(tuple(names.get(a, a) for a in dim) for dim in meaning.dims)
             if self._is_direct(node):
                 self.direct.add(node)
-            entry = (node, meaning.dims, lead, node in self.direct)
+            entry = (node, dims, lead, node in self.direct)
             self.known.setdefault(unit.key, entry)
 
     def _is_direct(self, node: fx.Node) -> bool:

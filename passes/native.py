@@ -19,10 +19,10 @@ from torch import fx
 
 from bnrewrite.algebra.axes import Dims, axes_of, product
 from bnrewrite.algebra.calls import dtype_of
-from bnrewrite.algebra.expression import Polynomial
+from bnrewrite.algebra.expression import ONE, Polynomial
 from bnrewrite.algebra.match import Match
 
-from .emitter import Unwritable, aten
+from .emitter import Value, aten
 from .state import BatchState
 from .writing import Writing, flat
 
@@ -162,32 +162,33 @@ def _group(writing: Writing, state: BatchState) -> fx.Node:
 
 
 def _layer(writing: Writing, state: BatchState) -> fx.Node:
+    found, ring = writing.match, writing.reading.ring
     dims = writing.layout[writing.reduced[0] :]
-    x, weight, bias = _inputs(writing, dims)
+    inside = ring.axes(found.weight) | ring.axes(found.bias) <= found.over
+    x, weight, bias = _inputs(writing, dims) if inside else (writing.input(), None, None)
     shape = [writing.emitter.extent(product(a.size for a in d)) for d in dims]
     y = writing.emitter.call(aten.layer_norm.default, x, shape, weight, bias, _eps(writing), True)
-    return writing.finish(y)
+    return writing.finish(y) if inside else writing.finish(_after(writing, y, found.weight))
 
 
 def _rms(writing: Writing, state: BatchState) -> fx.Node:
     found, ring = writing.match, writing.reading.ring
     dims = writing.layout[writing.reduced[0] :]
     inside = ring.axes(found.weight) <= found.over and found.weight.constant is None
-    x, weight, _ = _inputs(writing, dims if inside else writing.layout)
+    x, weight, _ = _inputs(writing, dims) if inside else (writing.input(), None, None)
     shape = [writing.emitter.extent(product(a.size for a in d)) for d in dims]
-    y = writing.emitter.call(
-        aten.rms_norm.default, x, shape, weight if inside else None, _eps(writing)
-    )
+    y = writing.emitter.call(aten.rms_norm.default, x, shape, weight, _eps(writing))
+    return writing.finish(_after(writing, y, ONE if inside else found.weight))
+
+
+def _after(writing: Writing, y: fx.Node, weight: Polynomial) -> Value:
+    """An affine along axes that the native op's own does not have."""
     emitter = writing.emitter
-    factor = Polynomial({(): 1}) if inside else found.weight
-    return writing.finish(
-        emitter.plus(emitter.times(y, emitter.tensor(factor)), emitter.tensor(found.bias))
-    )
+    scaled = emitter.times(y, emitter.tensor(weight))
+    return emitter.plus(scaled, emitter.tensor(writing.match.bias))
 
 
 _WRITERS: dict[str, Callable[[Writing, BatchState], fx.Node]] = {
     "batch_norm": _batch, "group_norm": _group, "instance_norm": _group,
     "layer_norm": _layer, "weight_standardization": _layer, "rms_norm": _rms,
 }  # fmt: skip
-
-__all__ = ["Unwritable", "has_native", "layout_of", "write_native"]

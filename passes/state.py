@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from bnrewrite.algebra import Reading
@@ -64,7 +65,10 @@ class BatchState:
         self._native = _native_pair(writing, self.updates)
         if self._native is not None:
             mean, variance, momentum = self._native
-            copies = [emitter.call(aten.clone.default, u.buffer) for u in (mean, variance)]
+            copies = [
+                emitter.call(aten.clone.default, u.buffer, memory_format=torch.contiguous_format)
+                for u in (mean, variance)
+            ]
             flat = [emitter.reshape(c, [product(a.size for a in channels[0])]) for c in copies]
             self.replaced[mean.node], self.replaced[variance.node] = copies
             return flat[0], flat[1], momentum

@@ -19,6 +19,11 @@ from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
 
 
+@pytest.fixture(autouse=True)
+def repeatable() -> None:
+    torch.manual_seed(0)
+
+
 def images(size: int = 4) -> Tensor:
     return torch.randn(size, 3, 8, 8)
 

@@ -38,6 +38,11 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture(autouse=True)
+def repeatable() -> None:
+    torch.manual_seed(0)
+
+
 def images(size: int = 4) -> Tensor:
     return torch.randn(size, 3, 8, 8)
 

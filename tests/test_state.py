@@ -14,6 +14,11 @@ from torch import Tensor, nn
 import bnrewrite
 
 
+@pytest.fixture(autouse=True)
+def repeatable() -> None:
+    torch.manual_seed(0)
+
+
 def batches(*sizes: int) -> list[Tensor]:
     return [torch.randn(size, 3, 8, 8) for size in sizes]
 
@@ -89,9 +94,9 @@ def test_a_norm_by_updated_statistics_trains_where_the_users_raises() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("norm", [BatchNorm, RunningNorm])
 def test_two_forwards_before_a_backward(norm: type[BatchNorm], backend: str) -> None:
-    users = norm(4, "rebind detached")
+    users = norm(4, "rebind detached").double()
     model = bnrewrite.optimize(copy.deepcopy(users), backend=backend)
-    first, second = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    first, second = torch.randn(2, 2, 4, 5, 5, dtype=torch.double)
     for each in (users, model):
         a = each(first)
         saved = {name: value.clone() for name, value in each.named_buffers()}
@@ -104,9 +109,9 @@ def test_two_forwards_before_a_backward(norm: type[BatchNorm], backend: str) -> 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_eval_forwards_around_a_load_state_dict_keep_their_backward(backend: str) -> None:
-    users = BatchNorm(4, "rebind detached").eval()
+    users = BatchNorm(4, "rebind detached").double().eval()
     model = bnrewrite.optimize(copy.deepcopy(users), backend=backend)
-    x = torch.randn(2, 4, 5, 5)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.double)
     for each in (users, model):
         torch.autograd.backward(each(x).square().sum())
     torch.testing.assert_close(model.weight.grad, users.weight.grad)
@@ -194,9 +199,9 @@ class Recurrent(nn.Module):
 
 
 def test_a_recurrent_state_keeps_its_history() -> None:
-    users = Recurrent("rebind")
+    users = Recurrent("rebind").double()
     model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
-    xs = [torch.randn(2, 4) for _ in range(3)]
+    xs = [torch.randn(2, 4, dtype=torch.double) for _ in range(3)]
     for each in (users, model):
         torch.autograd.backward([each(x).pow(3).sum() for x in xs])
     torch.testing.assert_close(model.weight.grad, users.weight.grad)
@@ -301,10 +306,10 @@ class UpdatesItsParameter(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::bnrewrite.BnrewriteWarning")
 def test_a_parameter_updated_in_place_still_gets_its_gradient() -> None:
-    users = UpdatesItsParameter()
+    users = UpdatesItsParameter().double()
     model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
     for _ in range(2):
-        x = torch.randn(3, 4)
+        x = torch.randn(3, 4, dtype=torch.double)
         for each in (users, model):
             torch.autograd.backward(each(x).pow(3).sum())
     torch.testing.assert_close(model.weight.grad, users.weight.grad)

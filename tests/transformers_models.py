@@ -152,14 +152,6 @@ def t5() -> tuple[nn.Module, dict[str, Any]]:
     return model_of("T5Model", config), {"input_ids": words(), "decoder_input_ids": words(5)}
 
 
-def pix2struct() -> tuple[nn.Module, dict[str, Any]]:
-    sizes = {"hidden_size": HIDDEN, "patch_embed_hidden_size": 10, "d_ff": 24, "d_kv": 8}
-    counts = {"num_hidden_layers": 1, "num_attention_heads": HEADS, "seq_len": LENGTH}
-    config = configured("Pix2StructVision", **sizes, **counts)
-    model = model_of("Pix2StructVisionModel", config)
-    return model, {"flattened_patches": 3 * torch.rand(BATCH, LENGTH, 12)}
-
-
 def idefics() -> tuple[nn.Module, dict[str, Any]]:
     eyes = {"embed_dim": 16, "image_size": 8, "patch_size": 4, "num_hidden_layers": 1}
     config = configured(
@@ -180,18 +172,6 @@ def idefics() -> tuple[nn.Module, dict[str, Any]]:
     return model_of("IdeficsModel", config), arguments
 
 
-def chameleon() -> tuple[nn.Module, dict[str, Any]]:
-    pictures = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 4, "resolution": 8}
-    blocks = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
-    config = configured(
-        "Chameleon",
-        **{**DECODER, "num_key_value_heads": HEADS},
-        vq_config={**pictures, **blocks, "attn_resolutions": [], "attn_type": "none"},
-        vocabulary_map={"<image>": 5},
-    )
-    return model_of("ChameleonModel", config), {"input_ids": words()}
-
-
 def image_gpt() -> tuple[nn.Module, dict[str, Any]]:
     sizes = {"vocab_size": WORDS + 1, "n_positions": 16, "n_embd": HIDDEN, "n_layer": 1}
     config = configured("ImageGPT", **sizes, n_head=HEADS, use_cache=False)
@@ -206,8 +186,8 @@ def deberta() -> tuple[nn.Module, dict[str, Any]]:
 
 def detr_backbone() -> tuple[nn.Module, dict[str, Any]]:
     """DETR's convolutional part; its transformer has native norms only."""
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    resnet = configured("ResNet", **sizes, layer_type="basic", out_features=["stage2"])
+    sizes = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1]}
+    resnet = configured("ResNet", **sizes, layer_type="basic", out_features=["stage1"])
     layers = {"encoder_layers": 1, "decoder_layers": 1, "d_model": HIDDEN, "num_queries": 4}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     wide = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -258,12 +238,6 @@ def patch_tst() -> tuple[nn.Module, dict[str, Any]]:
     return model_of("PatchTSTModel", config), {"past_values": torch.randn(BATCH, 16, 2)}
 
 
-def patch_ts_mixer() -> tuple[nn.Module, dict[str, Any]]:
-    sizes = {"num_input_channels": 2, "context_length": 16, "patch_length": 4, "patch_stride": 4}
-    config = configured("PatchTSMixer", **sizes, d_model=8, num_layers=1, scaling="std")
-    return model_of("PatchTSMixerModel", config), {"past_values": torch.randn(BATCH, 16, 2)}
-
-
 def moonshine() -> tuple[nn.Module, dict[str, Any]]:
     config = configured("MoonshineStreamingEncoder", **ENCODER, num_key_value_heads=2, head_dim=8)
     from transformers.models.moonshine_streaming import modeling_moonshine_streaming as moonshine
@@ -312,13 +286,13 @@ MODELS: dict[str, Model] = {
     "llama": rms("Llama", 5, num_hidden_layers=2),
     "qwen2": rms("Qwen2", 3),
     "phi3": rms("Phi3", 3),
+    "mistral": rms("Mistral", 3),
     "mixtral": rms("Mixtral", 3, **EXPERTS),
     # (1 + w), before the cast back
     "gemma": rms("Gemma", 3, head_dim=8),
     # also after attention and after the MLP, before the residual is added
     "gemma2": rms("Gemma2", 5, head_dim=8),
     "olmo2": rms("Olmo2", 5),
-    "glm4": rms("Glm4", 5, head_dim=8),
     # also of queries and keys, which rotate and repeat afterwards
     "gemma3": Model(
         lambda: (
@@ -345,11 +319,9 @@ MODELS: dict[str, Model] = {
     # no bias, weights of heads
     "cohere": Model(decoder("Cohere", use_qk_norm=True), {"CohereLayerNorm": ("layer_norm", 4)}),
     "t5": Model(t5, {"T5LayerNorm": ("rms_norm", 7)}),
-    "pix2struct": Model(pix2struct, {"Pix2StructLayerNorm": ("rms_norm", 3)}),
     "image_gpt": Model(image_gpt, {"ImageGPTLayerNorm": ("rms_norm", 3)}),
     "deberta": Model(deberta, {"DebertaLayerNorm": ("layer_norm", 3)}),
     "idefics": Model(idefics, {"IdeficsRMSNorm": ("rms_norm", 7)}),
-    "chameleon": Model(chameleon, {"ChameleonRMSNorm": ("rms_norm", 3)}),
     # state spaces: gated, in groups, without a weight, beside an associative scan
     "mamba": rms("Mamba", 2, state_size=4, time_step_rank=4),
     "falcon_mamba": Model(
@@ -378,10 +350,6 @@ MODELS: dict[str, Model] = {
         {"lp_normalize": 2},
     ),
     # x / x.norm(p=2, dim=-1, keepdim=True), then a matrix product with a temperature
-    "clip": Model(
-        two_towers("CLIP", {"projection_dim": 8}, {"projection_dim": 8}, projection_dim=8),
-        lines={"lp_normalize": 2},
-    ),
     "siglip": Model(
         two_towers("Siglip", {"projection_size": HIDDEN}, {}), lines={"lp_normalize": 2}
     ),
@@ -392,9 +360,8 @@ MODELS: dict[str, Model] = {
     "vit_mae": Model(vit_mae, lines={"layer_norm": 1}),
     # each series by statistics of what was observed
     "patch_tst": Model(patch_tst, {"PatchTSTStdScaler": ("general", 1)}),
-    "patch_ts_mixer": Model(patch_ts_mixer, {"PatchTSMixerStdScaler": ("general", 1)}),
-    # each frame of a waveform
-    "moonshine": Model(moonshine, {"MoonshineStreamingFrameCMVN": ("layer_norm", 1)}),
+    # each frame of a waveform (B, T): samples in groups
+    "moonshine": Model(moonshine, {"MoonshineStreamingFrameCMVN": ("group_norm", 1)}),
     # images
     "convnext": Model(vision("ConvNext", 16, **STAGES, patch_size=2)),
     "convnext_v2": Model(
@@ -407,7 +374,7 @@ MODELS: dict[str, Model] = {
             {"pixel_values": images(16)},
         )
     ),
-    "detr": Model(detr_backbone, {"DetrFrozenBatchNorm2d": ("affine", 6)}),
+    "detr": Model(detr_backbone, {"DetrFrozenBatchNorm2d": ("affine", 4)}),
     "swin_v2": Model(
         vision(
             *("Swinv2", 16),

@@ -48,7 +48,7 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
         if node.op != "call_function":
             continue
         inputs = [n for n in node.all_input_nodes if is_tensor(n) or n in statistic]
-        if name_of(node) in REDUCTIONS:
+        if name_of(node) in REDUCTIONS and not _is_product(node):
             for operand in _operands(node):
                 base = _base(operand, statistic)
                 if base is not None:
@@ -77,6 +77,14 @@ def lineage(source: object) -> frozenset[object]:
             todo += [n for n in node.all_input_nodes if n not in found]
             found.update(node.all_input_nodes)
     return frozenset(found)
+
+
+def _is_product(node: fx.Node) -> bool:
+    """An einsum that sums over nothing."""
+    if name_of(node) != "einsum":
+        return False
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
+    return bool(arrow) and set(inputs) - {",", "."} <= set(output)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

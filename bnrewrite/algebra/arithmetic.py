@@ -146,13 +146,14 @@ class Arithmetic(Interning):
     # -- inner workings ------------------------------------------------------------------------
 
     def _sum(self, polynomial: Polynomial) -> Base:
-        key = ("sum", polynomial.key)
+        axes, moments, raw = self._traits((polynomial,))
+        sign = nonnegative(self, polynomial)  # may intern a moment: before the base gets its id
+        level = self._level((polynomial,))
         single = self._single(
-            key,
-            lambda i: Sum(i, *self._traits((polynomial,)), nonnegative(self, polynomial),
-                          self._level((polynomial,)), polynomial),
-        )  # fmt: skip
-        return self.bases[next(iter(single.bases()))]
+            ("sum", polynomial.key),
+            lambda i: Sum(i, axes, moments, raw, sign, level, polynomial),
+        )
+        return self.bases[single.bases().pop()]
 
     def _root(self, polynomial: Polynomial) -> Polynomial:
         return self.function("root", polynomial, nonneg=True)

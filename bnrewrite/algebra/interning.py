@@ -84,6 +84,7 @@ class Interning:
         base = self._interned.get(key)
         if base is None:
             base = self._interned[key] = make(len(self.bases))
+            assert base.id == len(self.bases), "a base was interned while another was made"
             self.bases.append(base)
         return Polynomial({((base.id, 1),): 1})
 

@@ -198,6 +198,8 @@ def _affine_axes(base: Match, kind: str) -> frozenset[Axis]:
     kept = base.linear.axes - base.over
     if kind == "batch_norm":
         return kept
+    if kind == "weight_standardization":
+        return base.linear.axes
     if kind == "instance_norm":
         return frozenset(a for i, d in enumerate(base.linear.index) for a in d if i) & kept
     if kind == "group_norm":

@@ -150,6 +150,11 @@ def _read_node(
     if isinstance(value, torch.SymInt):
         reading.meanings[node] = Meaning((), reading.ring.extent(size_of(value)))
         return
+    if node.op == "get_attr":
+        constant = _constant(node)
+        if constant is not None:
+            reading.meanings[node] = constant
+            return
     result: Meaning | tuple[Meaning, ...] | None = None
     rule = semantics.get(name_of(node)) if node.op == "call_function" else None
     if rule is not None:
@@ -170,6 +175,17 @@ def _read_node(
         reading.meanings[node] = _opaque(reading, node)
     elif isinstance(value, (torch.SymFloat, float)):
         reading.meanings[node] = Meaning((), reading.ring.atom(node, ()))
+
+
+def _constant(node: fx.Node) -> Meaning | None:
+    """A tensor constant of one element is a number."""
+    module = node.graph.owning_module
+    value = getattr(module, str(node.target), None) if module is not None else None
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        return None
+    if not value.dtype.is_floating_point or value.requires_grad:
+        return None
+    return Meaning(((),) * value.dim(), number(float(value)))
 
 
 def _opaque(reading: Reading, node: fx.Node) -> Meaning:

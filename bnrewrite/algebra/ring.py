@@ -90,6 +90,22 @@ class Ring(Arithmetic):
         ((renamed, _),) = polynomial.terms.items()
         return renamed, frozenset(names[a] for a in names if a not in dropped)
 
+    def lettered(
+        self, polynomial: Polynomial, order: Iterable[Axis]
+    ) -> tuple[Polynomial, dict[Axis, Axis]]:
+        """The same formula with its free axes renamed in the given order; and the renaming.
+
+        Two tensors that compute the same of their own axes have the same lettered formula.
+        """
+        free = self.axes(polynomial)
+        names: dict[Axis, Axis] = {}
+        for axis in order:
+            if axis in free and axis not in names:
+                key = (0, len(names), axis.size)
+                names[axis] = self._bound.setdefault(key, Axis(axis.size))
+        moves: dict[Axis, Dim] = {a: (b,) for a, b in names.items()}
+        return self.substitute(polynomial, moves), names
+
     # -- rewriting -----------------------------------------------------------------------------
 
     def substitute(self, polynomial: Polynomial, moves: dict[Axis, Dim]) -> Polynomial:

@@ -93,10 +93,20 @@ def is_small(ring: Ring, found: Match) -> bool:
 
 
 def _ends(candidates: Matches, matches: Matches) -> Matches:
-    """The ends of the chains: candidates that are not only the input of one further candidate.
+    """The ends of the chains: where all uses of a candidate lead to one further candidate, it is
+    the further one.
 
     An end that is computed from another end of the same tensor stays the user's code.
     """
+    target: dict[fx.Node, fx.Node] = {}
+    for node in reversed(candidates):
+        source = candidates[node].linear.source
+        further = {
+            target.get(u) if u in candidates and candidates[u].linear.source is source else None
+            for u in node.users
+        }
+        (only,) = further if len(further) == 1 else (None,)
+        target[node] = only or node
     ends: Matches = {}
     covered: set[fx.Node] = set()
     for node, found in matches.items():
@@ -104,17 +114,9 @@ def _ends(candidates: Matches, matches: Matches) -> Matches:
         before = [i for i in node.all_input_nodes if i in matches]
         if any((i in covered or i in ends) and matches[i].linear.source is source for i in before):
             covered.add(node)
-        elif node in candidates and not _continues(candidates, node, source):
+        elif target.get(node) is node:
             ends[node] = candidates[node]
     return ends
-
-
-def _continues(candidates: Matches, node: fx.Node, source: fx.Node) -> bool:
-    """Whether the only use of a node is a further candidate about the same tensor."""
-    if len(node.users) != 1:
-        return False
-    further = candidates.get(next(iter(node.users)))
-    return further is not None and further.linear.source is source
 
 
 def _uncovered(matches: Matches, chosen: Matches) -> Matches:
