@@ -16,7 +16,7 @@ KINDS = (
     "affine",
     "general",
 )
-KERNELS = ("auto", "none")
+KERNELS = ("auto", "native", "composite")
 
 Stage = Literal["eager", "inductor", "export"]
 
@@ -33,8 +33,8 @@ class Options:
         strict: leave alone every site whose rewriting is more accurate than its source.
         disable: names of passes and kinds of norm that are switched off.
         only: kinds of norm or site numbers that are rewritten, None for all.
-        kernels: "auto" for the fastest lowering that is available, "none" for native and
-            composite lowerings alone.
+        kernels: "auto" for the fastest lowering that is available; "native" for PyTorch's own
+            operators alone; "composite" for moments and a multiply-add alone.
         stage: what runs the rewritten graph.
     """
 

@@ -24,6 +24,8 @@ def write_composite(writing: Writing) -> fx.Node:
     """
     found, ring = writing.match, writing.reading.ring
     linear = found.linear
+    if found.kind == "lp_normalize":
+        writing.measure()
     divided = _divided(writing)
     if divided is not None:
         return writing.finish(_affine(writing, divided, _unit(found.weight), found.bias))

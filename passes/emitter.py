@@ -17,6 +17,7 @@ from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Axis, Dims, Opaque, Size, axes_of, product, size_of
 from bnrewrite.algebra.calls import dtype_of, narrows
 from bnrewrite.algebra.expression import (
+    MAXIMA,
     Atom,
     Base,
     Exponent,
@@ -29,7 +30,9 @@ from bnrewrite.algebra.expression import (
     Sum,
     added,
     factor_of,
+    inverse,
     normalised,
+    scaled,
 )
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Moments
@@ -66,6 +69,7 @@ class Emitter:
         self.layout = layout
         self.given: dict[int, Callable[[], Value]] = {}
         self.variances: list[tuple[Moments, Callable[[], Value]]] = []
+        self.units: dict[int, tuple[Callable[[], fx.Node], Number]] = {}
         self.reusable: Reusable = {}
         self._written: dict[Any, Value] = {}
         self._symbols: dict[sympy.Expr, Value] = {}
@@ -162,6 +166,8 @@ class Emitter:
         """A node of the user's with this meaning, up to a number."""
         if not self.reusable or not self.ring.moments(polynomial):
             return None
+        if self.units and self._is_measured(polynomial):
+            return None
         lettered, names = self.ring.lettered(polynomial, axes_of(self.layout))
         unit, lead = normalised(lettered)
         entry = self.reusable.get(unit.key)
@@ -179,6 +185,22 @@ class Emitter:
             return None
         ratio = lead / coefficient
         return placed if abs(float(ratio) - 1) < 1e-14 else self.times(placed, ratio)
+
+    def _is_measured(self, polynomial: Polynomial) -> bool:
+        """Whether every statistic inside has a unit: then it is written from that."""
+        for base_id in polynomial.bases():
+            base = self.ring.bases[base_id]
+            if base_id in self.units or not base.moments:
+                continue
+            if isinstance(base, Sum):
+                inside: tuple[Polynomial, ...] = (base.polynomial,)
+            elif isinstance(base, Function) and base.name in MAXIMA:
+                inside = base.arguments
+            else:
+                return False
+            if not all(self._is_measured(p) for p in inside):
+                return False
+        return True
 
     def _has_mean(self, polynomial: Polynomial) -> bool:
         """Whether E[x] is inside: then V is too, and ``var_mean`` gives both in one go."""
@@ -207,30 +229,42 @@ class Emitter:
         total: Value = 0
         positive_first = sorted(polynomial.terms.items(), key=lambda item: item[1] < 0)
         for monomial, coefficient in positive_first:
-            term = self._product(monomial)
+            term = self._term(monomial, abs(coefficient))
             if coefficient < 0 and isinstance(total, fx.Node):
-                total = self.call(aten.sub.Tensor, total, self.times(term, -coefficient))
+                total = self.call(aten.sub.Tensor, total, term)
             else:
-                total = self.plus(total, self.times(term, coefficient))
+                total = self.plus(total, term if coefficient > 0 else self.times(term, -1))
         return total
 
-    def _product(self, monomial: Monomial) -> Value:
+    def _term(self, monomial: Monomial, coefficient: Number) -> Value:
+        """coefficient * monomial, the numbers of all its factors in one."""
         result: Value = 1
         statistics = tuple(i for i in monomial if self.ring.bases[i[0]].moments)
         if len(statistics) > 1:
             known = self.reused(Polynomial({statistics: 1}))
             if known is not None:
                 result, monomial = known, tuple(i for i in monomial if i not in statistics)
-        for base, exponent in sorted(monomial, key=lambda item: item[1] < 0):
-            result = self.multiply_power(result, base, exponent)
-        return result
+        for base_id, exponent in sorted(monomial, key=lambda item: item[1] < 0):
+            node, factor = self._measured(self.ring.bases[base_id])
+            if factor != 1:
+                coefficient = float(coefficient) * float(factor) ** float(exponent)
+            if exponent == -1:
+                result = self.over(result, node)
+            else:
+                result = self.times(result, self.power(node, exponent))
+        return self.times(result, coefficient)
 
-    def multiply_power(self, left: Value, base: int, exponent: Exponent) -> Value:
-        """left * base ** exponent, as a division where that is one operation."""
-        node = self.base(self.ring.bases[base])
-        if exponent == -1:
-            return self.over(left, node)
-        return self.times(left, self.power(node, exponent))
+    def _measured(self, base: Base) -> tuple[Value, Number]:
+        """A node and the number by which the base is a multiple of it."""
+        if base.id in self.units:
+            node, factor = self.units[base.id]
+            return node(), factor
+        if isinstance(base, Sum):
+            for monomial in base.polynomial.terms:
+                if len(monomial) == 1 and monomial[0][1] == 1 and monomial[0][0] in self.units:
+                    _, factor = self.units[monomial[0][0]]
+                    return self.tensor(scaled(base.polynomial, inverse(factor))), factor
+        return self.base(base), 1
 
     def power(self, node: Value, exponent: Exponent) -> Value:
         """node ** exponent by the cheapest operation."""

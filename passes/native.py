@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from bnrewrite.algebra.axes import Dims, axes_of, product
-from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import ONE, Polynomial
 from bnrewrite.algebra.match import Match
 
@@ -104,7 +104,9 @@ def _inputs(writing: Writing, dims: Dims) -> tuple[fx.Node, Any, Any]:
     source = found.linear.source
     ring = writing.reading.ring
     stored = (ring.raw(found.weight) | ring.raw(found.bias)) - {source}
-    dtypes = {dtype_of(n) for n in stored if isinstance(n, fx.Node)} | {dtype_of(source)}
+    dtypes = {dtype_of(n) for n in stored if isinstance(n, fx.Node) and is_tensor(n)} | {
+        dtype_of(source)
+    }
     plain = all(_is_plain(v) for v in (found.weight, found.bias))
     if dtypes == {writing.result_dtype} and plain and found.kind != "batch_norm":
         writing.dtype = writing.result_dtype

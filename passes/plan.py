@@ -36,13 +36,16 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
         return f"{kind} is switched off by disable={sorted(options.disable)}"
     if options.only is not None and kind not in options.only and number not in options.only:
         return f"site {number} ({kind}) is not in only={sorted(map(str, options.only))}"
+    if options.kernels == "native" and not has_native(decision.match):
+        return f'kernels="native" leaves a {kind} that PyTorch has no operator for'
     if options.strict and decision.notes:
         return f"strict=True leaves a site whose replacement is {decision.notes[0]}"
     return None
 
 
 def _lowering(rewriting: Rewriting, decision: Decision) -> str:
-    native = has_native(decision.match) and rewriting.options.stage != "inductor"
-    if rewriting.options.kernels == "composite":
-        native = False
+    options = rewriting.options
+    native = has_native(decision.match) and options.kernels != "composite"
+    if options.stage == "inductor" and options.kernels == "auto":
+        native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
     return "native" if native else "composite"

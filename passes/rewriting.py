@@ -65,6 +65,11 @@ class Rewriting:
 
     def records(self) -> tuple[Site, ...]:
         """What the report says of each site."""
+        for decision in self.decisions:
+            if decision.record is None:
+                reason = "the passes that would rewrite it are switched off"
+                decision.refusal = decision.refusal or Refusal(reason, decision.match.node)
+                decision.record = self.describe(decision)
         return tuple(d.record for d in self.decisions if d.record is not None)
 
     def describe(self, decision: Decision) -> Site:

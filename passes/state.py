@@ -25,6 +25,7 @@ from bnrewrite.algebra.expression import (
     Polynomial,
     Reduction,
     added,
+    factor_of,
     number,
     scaled,
 )
@@ -178,9 +179,9 @@ def _only_these_moments(reading: Reading, found: Match, value: Polynomial) -> bo
     ring = reading.ring
     ((mean, _),) = found.moments.mean.terms.items()
     ((square, _),) = found.moments.square.terms.items()
-    lead = value.terms.get(square)
-    if lead is not None:
-        value = added(value, found.moments.variance(ring), -lead)
+    lead = factor_of(value, square[0][0])
+    if lead.terms:
+        value = added(value, ring.multiply(lead, found.moments.variance(ring)), -1)
     for base in value.bases():
         item = ring.bases[base]
         if isinstance(item, Reduction) and base != mean[0][0]:

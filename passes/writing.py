@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class Writing:
         self.emitter.sizes_of(match.linear.source)
         self._moments: dict[bool, tuple[fx.Node, fx.Node]] = {}
         self._square: dict[bool, fx.Node] = {}
+        self._written: dict[str, fx.Node] = {}
         self._input: fx.Node | None = None
         if match.over:
             self._give(match.moments, stopped=False)
@@ -51,6 +54,41 @@ class Writing:
             stopped = Moments(stop(match.moments.mean), stop(match.moments.square))
             if stopped != match.moments:
                 self._give(stopped, stopped=True)
+
+    def measure(self) -> None:
+        """Let the emitter write norms of the input from a ``vector_norm`` or a sum of squares."""
+        found, ring = self.match, self.reading.ring
+        count = ring.count(found.over).constant
+        if count is None or not found.over:
+            return
+        x = ring.atom(found.linear.source, found.linear.index)
+        magnitude = ring.absolute(x)
+        n = float(count)
+        units: list[tuple[Polynomial, Callable[[], fx.Node], float]] = [
+            (ring.root(found.moments.square), lambda: self._norm(2), n**-0.5),
+            (found.moments.square, self._squares, 1 / n),
+            (ring.mean(magnitude, found.over), lambda: self._norm(1), 1 / n),
+            (ring.maximum_over(magnitude, found.over), lambda: self._norm(math.inf), 1.0),
+        ]
+        for value, write, factor in units:
+            self.emitter.units[value.bases().pop()] = (write, factor)
+
+    def _norm(self, order: float) -> fx.Node:
+        key = f"norm {order}"
+        if key not in self._written:
+            self._written[key] = self.emitter.call(
+                aten.linalg_vector_norm.default, self.input(), order, self.reduced, True
+            )
+        return self._written[key]
+
+    def _squares(self) -> fx.Node:
+        if "squares" not in self._written:
+            x = self.input()
+            squares = self.emitter.call(aten.mul.Tensor, x, x)
+            self._written["squares"] = self.emitter.call(
+                aten.sum.dim_IntList, squares, self.reduced, True
+            )
+        return self._written["squares"]
 
     def _give(self, moments: Moments, *, stopped: bool) -> None:
         """Let the emitter write these moments from one ``var_mean``."""
@@ -147,6 +185,8 @@ class Writing:
         if _strides(wanted) == _strides(found):
             return node
         order = sorted(range(wanted.dim()), key=lambda d: -_hint(wanted.stride(d)))
+        if order == sorted(order):
+            return self.emitter.call(aten.contiguous.default, node)
         node = self.emitter.call(aten.permute.default, node, order)
         node = self.emitter.call(aten.contiguous.default, node)
         back = [order.index(d) for d in range(wanted.dim())]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from transformers_models import MODELS, Model, made
 
-from bnrewrite import BnrewriteWarning, explain, optimize, verify
+from bnrewrite import explain, optimize, verify
 
 pytestmark = pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
 
@@ -22,13 +22,17 @@ HALVES = ("llama", "gemma", "deberta")
 def test_every_hand_written_norm_is_found(name: str) -> None:
     model = MODELS[name]
     module, arguments = made(model)
-    assert calls(module.train(), arguments, model) == {
+    called = places(module, arguments, model)
+    assert Counter(norm for norm, _ in called) == {
         norm: count for norm, (_, count) in model.modules.items()
     }
     for training in (True, False):
         report = explain(module.train(training), **arguments)
         assert Counter(site.kind for site in report.sites) == model.kinds, report
         assert [site.reason for site in report.refusals] == []
+        assert Counter(site.module for site in report.sites) >= Counter(
+            place for _, place in called
+        ), report
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,14 +53,20 @@ def test_nothing_is_wrong_in_bfloat16(name: str) -> None:
     assert verdict.failures == ()
 
 
-def calls(module: nn.Module, arguments: dict[str, torch.Tensor], model: Model) -> dict[str, int]:
-    """How often a copy of the model calls each class of its norms."""
+def places(
+    module: nn.Module, arguments: dict[str, torch.Tensor], model: Model
+) -> list[tuple[str, str]]:
+    """Every call of one of its norms when a copy of the model runs: class and qualified name."""
     subject = copy.deepcopy(module)
-    counts: Counter[str] = Counter()
-    for each in subject.modules():
-        name = type(each).__name__
-        if name in model.modules:
-            each.register_forward_hook(lambda *_, name=name: counts.update([name]))
+    found: list[tuple[str, str]] = []
+
+    def record(norm: str, place: str) -> Callable[..., None]:
+        return lambda *_: found.append((norm, place))
+
+    for place, each in subject.named_modules():
+        norm = type(each).__name__
+        if norm in model.modules:
+            each.register_forward_hook(record(norm, place))
     with torch.no_grad():
         subject(**arguments)
-    return dict(counts)
+    return found

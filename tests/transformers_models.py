@@ -124,18 +124,12 @@ def rms(name: str, count: int, /, **settings: Any) -> Model:
     return Model(decoder(name, **settings), {family: ("rms_norm", count)})
 
 
-def two_towers(name: str, text: dict[str, Any], vision: dict[str, Any], **settings: Any) -> Build:
-    """A model of texts and images, called with both."""
-
-    def build() -> tuple[nn.Module, dict[str, Any]]:
-        towers = {
-            "text_config": configured(f"{name}Text", **{**TEXT, **text}).to_dict(),
-            "vision_config": configured(f"{name}Vision", **{**VISION, **vision}).to_dict(),
-        }
-        model = model_of(f"{name}Model", configured(name, **towers, **settings))
-        return model, {"input_ids": words(), "pixel_values": images(8)}
-
-    return build
+def towers(name: str, text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    """The configurations of a model of texts and images."""
+    return {
+        "text_config": configured(f"{name}Text", **TEXT, **text).to_dict(),
+        "vision_config": configured(f"{name}Vision", **VISION, **vision).to_dict(),
+    }
 
 
 def vision(name: str, size: int, **settings: Any) -> Build:
@@ -198,34 +192,28 @@ def detr_backbone() -> tuple[nn.Module, dict[str, Any]]:
     return backbone, {"pixel_values": images(32), "pixel_mask": mask}
 
 
+def siglip() -> tuple[nn.Module, dict[str, Any]]:
+    config = configured("Siglip", **towers("Siglip", {"projection_size": HIDDEN}, {}))
+    model = model_of("SiglipModel", config)
+    return model, {"input_ids": words(), "pixel_values": images(8)}
+
+
 def owl_vit() -> tuple[nn.Module, dict[str, Any]]:
-    towers = {
-        "text_config": configured("OwlViTText", **TEXT).to_dict(),
-        "vision_config": configured("OwlViTVision", **VISION).to_dict(),
-    }
-    config = configured("OwlViT", **towers, projection_dim=HIDDEN)
+    config = configured("OwlViT", **towers("OwlViT", {}, {}), projection_dim=HIDDEN)
     model = model_of("OwlViTForObjectDetection", config)
     return model, {"input_ids": words(), "pixel_values": images(8)}
 
 
 def x_clip() -> tuple[nn.Module, dict[str, Any]]:
     frames = {"mit_hidden_size": 8, "mit_intermediate_size": 8, "mit_num_hidden_layers": 1}
-    towers = {
-        "text_config": configured("XCLIPText", **TEXT).to_dict(),
-        "vision_config": configured(
-            "XCLIPVision", **VISION, **frames, mit_num_attention_heads=HEADS, num_frames=2
-        ).to_dict(),
-    }
+    frames |= {"mit_num_attention_heads": HEADS, "num_frames": 2}
     prompts = {"projection_dim": 8, "prompt_num_attention_heads": HEADS, "prompt_layers": 1}
-    model = model_of("XCLIPModel", configured("XCLIP", **towers, **prompts))
+    model = model_of("XCLIPModel", configured("XCLIP", **towers("XCLIP", {}, frames), **prompts))
     return model, {"input_ids": words(), "pixel_values": torch.randn(BATCH, 2, 3, 8, 8)}
 
 
 def vit_mae() -> tuple[nn.Module, dict[str, Any]]:
-    behind = {
-        f"decoder_{name.removeprefix('num_')}" if name == "hidden_size" else f"decoder_{name}": value
-        for name, value in ENCODER.items()
-    }
+    behind = {f"decoder_{name}": value for name, value in ENCODER.items()}
     config = configured("ViTMAE", **VISION, **behind, norm_pix_loss=True)
     model = model_of("ViTMAEForPreTraining", config)
     return model, {"pixel_values": images(8), "noise": torch.rand(BATCH, 4)}
@@ -249,36 +237,79 @@ def moonshine() -> tuple[nn.Module, dict[str, Any]]:
 
 STAGES: dict[str, Any] = {"hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2}
 SAM: dict[str, Any] = {
-    **{"hidden_size": HIDDEN, "output_channels": 8, "num_hidden_layers": 1, "mlp_dim": 16},
-    **{"num_attention_heads": HEADS, "image_size": 16, "patch_size": 4, "window_size": 2},
-    **{"num_pos_feats": 4, "global_attn_indexes": []},
+    "hidden_size": HIDDEN,
+    "output_channels": 8,
+    "num_hidden_layers": 1,
+    "mlp_dim": 16,
+    "num_attention_heads": HEADS,
+    "image_size": 16,
+    "patch_size": 4,
+    "window_size": 2,
+    "num_pos_feats": 4,
+    "global_attn_indexes": [],
 }
 VITDET: dict[str, Any] = {
-    **{"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": HEADS},
-    **{"image_size": 16, "pretrain_image_size": 16, "patch_size": 4},
-    **{"residual_block_indices": [0], "window_block_indices": []},
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "image_size": 16,
+    "pretrain_image_size": 16,
+    "patch_size": 4,
+    "residual_block_indices": [0],
+    "window_block_indices": [],
+}
+SWIN: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 2,
 }
 DEEPSEEK: dict[str, Any] = {
-    **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-    **{"v_head_dim": 8, "n_routed_experts": 2, "n_shared_experts": 1, "n_group": 1},
-    **{"topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
-    **{"first_k_dense_replace": 0, "num_key_value_heads": HEADS},
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 0,
+    "num_key_value_heads": HEADS,
 }
 LINEAR_ATTENTION: dict[str, Any] = {
-    **{"layer_types": ["linear_attention"], "head_dim": 8, "linear_key_head_dim": 4},
-    **{"linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
-    **{"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
-    **{"shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
+    "layer_types": ["linear_attention"],
+    "head_dim": 8,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "mlp_only_layers": [0],
 }
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
 RECURRENT: dict[str, Any] = {"lru_width": 16, "attention_window_size": 8}
 BAMBA: dict[str, Any] = {
-    **{"num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 8},
-    **{"mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 4},
+    "num_hidden_layers": 2,
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
 }
 LLAMA4: dict[str, Any] = {
-    **{"head_dim": 8, "layer_types": ["full_attention"], "interleave_moe_layer_step": 10},
-    **{"intermediate_size_mlp": 16},
+    "head_dim": 8,
+    "layer_types": ["full_attention"],
+    "interleave_moe_layer_step": 10,
+    "intermediate_size_mlp": 16,
 }
 
 MODELS: dict[str, Model] = {
@@ -294,24 +325,14 @@ MODELS: dict[str, Model] = {
     "gemma2": rms("Gemma2", 5, head_dim=8),
     "olmo2": rms("Olmo2", 5),
     # also of queries and keys, which rotate and repeat afterwards
-    "gemma3": Model(
-        lambda: (
-            model_of(
-                "Gemma3TextModel",
-                configured("Gemma3Text", **DECODER, head_dim=8, layer_types=["full_attention"]),
-            ),
-            {"input_ids": words()},
-        ),
-        {"Gemma3RMSNorm": ("rms_norm", 7)},
+    "gemma3": rms(
+        "Gemma3Text", 7, norm="Gemma3RMSNorm", head_dim=8, layer_types=["full_attention"]
     ),
     "qwen3": rms("Qwen3", 5, head_dim=8),
     # no weight
     "nanochat": rms("NanoChat", 6, head_dim=8),
     "llama4": Model(
-        lambda: (
-            model_of("Llama4TextModel", configured("Llama4Text", **DECODER, **EXPERTS, **LLAMA4)),
-            {"input_ids": words()},
-        ),
+        decoder("Llama4Text", **EXPERTS, **LLAMA4),
         {"Llama4TextRMSNorm": ("rms_norm", 3), "Llama4TextL2Norm": ("rms_norm", 2)},
     ),
     # compressed queries and keys, split and written into slices
@@ -336,9 +357,7 @@ MODELS: dict[str, Model] = {
         decoder("Bamba", **BAMBA),
         {"BambaRMSNorm": ("rms_norm", 5), "BambaRMSNormGated": ("rms_norm", 1)},
     ),
-    "recurrent_gemma": rms(
-        "RecurrentGemma", 3, head_dim=8, block_types=["recurrent"], **RECURRENT
-    ),
+    "recurrent_gemma": rms("RecurrentGemma", 3, head_dim=8, block_types=["recurrent"], **RECURRENT),
     "xlstm": Model(
         decoder("xLSTM", num_heads=2, num_blocks=1, chunk_size=4, mode="inference"),
         {"xLSTMRMSNorm": ("rms_norm", 3), "xLSTMMultiHeadLayerNorm": ("layer_norm", 1)},
@@ -350,9 +369,7 @@ MODELS: dict[str, Model] = {
         {"lp_normalize": 2},
     ),
     # x / x.norm(p=2, dim=-1, keepdim=True), then a matrix product with a temperature
-    "siglip": Model(
-        two_towers("Siglip", {"projection_size": HIDDEN}, {}), lines={"lp_normalize": 2}
-    ),
+    "siglip": Model(siglip, lines={"lp_normalize": 2}),
     "x_clip": Model(x_clip, lines={"lp_normalize": 2}),
     # two of them x / (x.norm() + 1e-6)
     "owl_vit": Model(owl_vit, lines={"lp_normalize": 3}),
@@ -368,18 +385,7 @@ MODELS: dict[str, Model] = {
         vision("ConvNextV2", 16, **STAGES, patch_size=2), {"ConvNextV2GRN": ("general", 2)}
     ),
     "vitdet": Model(vision("VitDet", 16, **VITDET), {"VitDetLayerNorm": ("layer_norm", 3)}),
-    "sam": Model(
-        lambda: (
-            model_of("SamVisionModel", configured("SamVision", **SAM)),
-            {"pixel_values": images(16)},
-        )
-    ),
+    "sam": Model(vision("SamVision", 16, **SAM)),
     "detr": Model(detr_backbone, {"DetrFrozenBatchNorm2d": ("affine", 4)}),
-    "swin_v2": Model(
-        vision(
-            *("Swinv2", 16),
-            **{"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1]},
-            **{"num_heads": [2, 2], "window_size": 2},
-        )
-    ),
+    "swin_v2": Model(vision("Swinv2", 16, **SWIN)),
 }

@@ -80,6 +80,8 @@ def canonicalise(
     refuse_views_of_updated_inputs(graph_module)
     fakes = _fake_inputs(placeholders, example_inputs)
     constants = _tensor_constants(graph_module)
+    if torch.is_grad_enabled() and "autograd_function_apply" in _higher_order(graph_module):
+        raise CaptureError("an autograd.Function has a backward of its own, which tracing would drop")
     try:
         with preserve_node_meta(), scalars_allowed(fakes):
             traced, signature = aot_export_module(
