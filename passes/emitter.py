@@ -42,6 +42,13 @@ Value = fx.Node | float | int
 Reusable = dict[Any, tuple[fx.Node, Dims, Number, bool]]
 
 
+# Their eps and momentum are floats at run time; a symbolic one has no fake value to run with.
+SCALAR_ARGUMENTS = (
+    aten.batch_norm.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.rms_norm.default,
+)
 CLAMPS = {"clamp_min": aten.clamp_min.default, "clamp_max": aten.clamp_max.default}
 TWO = {**CLAMPS, "maximum": aten.maximum.default, "minimum": aten.minimum.default}
 
@@ -85,6 +92,8 @@ class Emitter:
             if key in self.before.meta:
                 node.meta[key] = self.before.meta[key]
         values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        if target in SCALAR_ARGUMENTS:
+            values = tuple(0.5 if isinstance(v, torch.SymFloat) else v for v in values)
         mode = detect_fake_mode(values)
         if mode is None:
             node.meta["val"] = target(*values, **keywords)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from torch import fx
 
 from .axes import Axis
+from .calls import is_tensor
 from .catalogue import Roles, name_centred
 from .expression import (
     MAXIMA,
@@ -25,7 +26,6 @@ from .expression import (
     added,
     exact,
     factor_of,
-    number,
     rounded,
     scaled,
 )
@@ -292,12 +292,19 @@ def _under_root(
     if not positive(ring, lead) or ring.raw(lead) or ring.moments(lead):
         return None
     for variance, moment in ((True, moments.variance(ring)), (False, moments.square)):
-        rest = added(polynomial, ring.multiply(lead, moment), -1).constant
-        if rest is not None and rest >= 0:
-            inside = ring.divide(number(rest), lead)
+        rest = added(polynomial, ring.multiply(lead, moment), -1)
+        if _is_eps(ring, rest):
+            inside = ring.divide(rest, lead)
             factor = ONE if lead.constant == 1 else ring.power(lead, Fraction(-1, 2))
             return Denominator(variance, 2, inside, None, False, factor)
     return None
+
+
+def _is_eps(ring: Ring, value: Polynomial) -> bool:
+    """A number that is not negative, or a scalar that is known at run time only."""
+    if value.constant is not None:
+        return float(value.constant) >= 0
+    return not ring.moments(value) and not any(is_tensor(s) for s in ring.raw(value))
 
 
 def _norm(

@@ -40,7 +40,7 @@ def optimize(
         strict: leave a norm alone where rewriting it would be more accurate than its source.
         disable: names of passes, or kinds of norm ("layer_norm"), that are switched off.
         only: kinds of norm, or numbers of sites in the report, that are rewritten; None for all.
-        kernels: "auto", or "none" for native operations and compositions of them alone.
+        kernels: "auto", or "native" or "composite" for lowerings of that kind alone.
         dynamic: as in `torch.compile`: None learns from sizes that change.
 
     Raises:
