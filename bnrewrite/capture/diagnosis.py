@@ -23,6 +23,7 @@ def diagnose(looks: Sequence[Look], model: Any) -> list[Finding]:
     found = [finding for look in looks for finding in _of_graph(look)]
     if isinstance(model, nn.Module) and model.training:
         found += _never_updated(looks, model)
+        found += [finding for look in looks for finding in _normalised_by_state(look)]
     return list(dict.fromkeys(found))
 
 
@@ -48,7 +49,7 @@ def _never_updated(looks: Sequence[Look], model: nn.Module) -> Iterator[Finding]
     seen = {
         locate(node)[1]
         for look in looks
-        for node in look.graph.graph.nodes
+        for node in _live(look.graph.graph)
         if node.op == "placeholder"
     }
     for look in looks:
@@ -60,6 +61,27 @@ def _never_updated(looks: Sequence[Look], model: nn.Module) -> Iterator[Finding]
                 path = f"{site.module}.{name}" if site.module else name
                 if path not in seen and _is_initial(buffer):
                     yield pathology("statistics-never-updated", site.source, path)
+
+
+def _normalised_by_state(look: Look) -> Iterator[Finding]:
+    """Norms that divide by the statistics that they have just updated."""
+    for site in look.sites:
+        names = {str(symbol) for symbol in site.formula.free_symbols}
+        used = [path for path in site.state if path.rpartition(".")[2] in names]
+        if site.kind == "general" and used:
+            yield pathology("normalises-with-running-statistics", site.source, ", ".join(used))
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that an output or an update in place is made of."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        in_place = node.op == "call_method" and str(node.target).endswith("_")
+        written = in_place or "out" in node.kwargs or str(node.target).startswith("<built-in function i")
+        if node.op == "output" or written or node in live:
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return live
 
 
 def _is_initial(buffer: torch.Tensor) -> bool:
