@@ -56,7 +56,7 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     """Run the demo; returns what it also writes as JSON."""
     parser = argparse.ArgumentParser(description="bnrewrite on the net of the forum thread")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     console, start, digits = Console(), time.perf_counter(), images_of_digits.load()

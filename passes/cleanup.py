@@ -10,8 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from .rewriting import Rewriting
+
+
+def _differentiate_copy(node: fx.Node) -> None:
+    """``copy(target, source)`` has no derivative; the source in the target's shape has one."""
+    target, source = node.args[:2]
+    assert isinstance(target, fx.Node)
+    assert isinstance(source, fx.Node)
+    with node.graph.inserting_before(node):
+        cast = node.graph.call_function(torch.ops.aten.to.dtype, (source, target.meta["val"].dtype))
+        value = node.graph.call_function(torch.ops.aten.expand_as.default, (cast, target))
+    cast.meta, value.meta = dict(source.meta), dict(node.meta)
+    node.replace_all_uses_with(value)
+
 
 # A view is bound to the strides that were traced; a replacement may have others.
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -28,6 +42,8 @@ class Cleanup:
         for node in rewriting.graph.nodes:
             if node.target in VIEWS:
                 node.target = torch.ops.aten.reshape.default
+            elif node.target is torch.ops.aten.copy.default:
+                _differentiate_copy(node)
         rewriting.graph.eliminate_dead_code()
         rewriting.graph.lint()
         rewriting.canonical.module.recompile()

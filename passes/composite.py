@@ -41,7 +41,7 @@ def write_composite(writing: Writing) -> fx.Node:
 
 
 def _centred(writing: Writing) -> tuple[fx.Node, Polynomial]:
-    """x - c and what is added after the scale, where the user's code centres first; else x.
+    """X - c and what is added after the scale, where the user's code centres first; else x.
 
     ``x * A - c * A`` is one pass shorter, but loses the digits that x and c share.
     """
@@ -53,15 +53,16 @@ def _centred(writing: Writing) -> tuple[fx.Node, Polynomial]:
     rest = added(linear.shift, ring.multiply(linear.scale, c))
     if len(rest.terms) > len(linear.shift.terms):
         return writing.input(), linear.shift
-    if found.part and ring.multiply(Polynomial({found.part: 1}), c) != scaled(found.inner, -1):
-        if not ring.axes(rest) < linear.axes or not ring.axes(linear.scale) < linear.axes:
-            return writing.input(), linear.shift
+    small = ring.axes(rest) < linear.axes and ring.axes(linear.scale) < linear.axes
+    inner = scaled(found.inner, -1)
+    if found.part and not small and ring.multiply(Polynomial({found.part: 1}), c) != inner:
+        return writing.input(), linear.shift
     offset = writing.emitter.tensor(c)
     return writing.emitter.call(aten.sub.Tensor, writing.input(), offset), rest
 
 
 def _divided(writing: Writing) -> Value | None:
-    """x over the user's own denominator, where an uncentred norm has one."""
+    """X over the user's own denominator, where an uncentred norm has one."""
     found, ring = writing.match, writing.reading.ring
     coefficients = set(found.weight.terms.values())
     if found.inner.terms or not found.part or len(coefficients) != 1:
@@ -78,8 +79,16 @@ def _unit(weight: Polynomial) -> Polynomial:
 
 
 def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) -> Value:
-    """x * scale + shift."""
+    """X * scale + shift; a division where the scale is one over something.
+
+    ``x / d`` and ``x * (1 / d)`` differ in the backward: 1 / d^2 overflows before x / d^2 does.
+    """
     emitter = writing.emitter
+    if len(scale.terms) == 1 and isinstance(x, fx.Node):
+        (monomial,) = scale.terms
+        if len(monomial) == 1 and monomial[0][1] == -1:
+            divisor = emitter.tensor(writing.reading.ring.power(scale, -1))
+            return emitter.plus(emitter.over(x, divisor), emitter.tensor(shift))
     factor, offset = emitter.tensor(scale), emitter.tensor(shift)
     if isinstance(factor, fx.Node) and isinstance(offset, fx.Node) and isinstance(x, fx.Node):
         return emitter.call(aten.addcmul.default, offset, x, factor)

@@ -31,6 +31,7 @@ from bnrewrite.algebra.expression import (
     added,
     factor_of,
     inverse,
+    magnitude,
     normalised,
     scaled,
 )
@@ -185,9 +186,9 @@ class Emitter:
         node, dims, coefficient, direct = entry
         back = {letter: axis for axis, letter in names.items()}
         dims = tuple(tuple(back.get(a, a) for a in dim) for dim in dims)
-        if not direct and self.given and self._has_mean(polynomial):
-            if not _is_root(self.ring, polynomial):
-                return None
+        slow = not direct and self.given and self._has_mean(polynomial)
+        if slow and not _is_root(self.ring, polynomial):
+            return None
         try:
             placed = self.place(node, dims)
         except Unwritable:
@@ -238,15 +239,15 @@ class Emitter:
         total: Value = 0
         positive_first = sorted(polynomial.terms.items(), key=lambda item: item[1] < 0)
         for monomial, coefficient in positive_first:
-            term = self._term(monomial, abs(coefficient))
+            term = self._term(monomial, magnitude(coefficient))
             if coefficient < 0 and isinstance(total, fx.Node):
-                total = self.call(aten.sub.Tensor, total, term)
+                total = self._binary(aten.sub.Tensor, operator.sub, total, term)
             else:
                 total = self.plus(total, term if coefficient > 0 else self.times(term, -1))
         return total
 
     def _term(self, monomial: Monomial, coefficient: Number) -> Value:
-        """coefficient * monomial, the numbers of all its factors in one."""
+        """Coefficient * monomial, the numbers of all its factors in one."""
         result: Value = 1
         statistics = tuple(i for i in monomial if self.ring.bases[i[0]].moments)
         if len(statistics) > 1:
@@ -276,7 +277,7 @@ class Emitter:
         return self.base(base), 1
 
     def power(self, node: Value, exponent: Exponent) -> Value:
-        """node ** exponent by the cheapest operation."""
+        """Node ** exponent by the cheapest operation."""
         key = (node, exponent)
         if key not in self._written:
             self._written[key] = self._power(node, exponent)
@@ -297,7 +298,7 @@ class Emitter:
         return self.call(aten.pow.Tensor_Scalar, node, _plain(exponent))
 
     def times(self, left: Value, right: Value | Number) -> Value:
-        """left * right."""
+        """Left * right."""
         right = _plain(right) if isinstance(right, Fraction) else right
         if not isinstance(left, fx.Node) and left == 1:
             return right
@@ -308,7 +309,7 @@ class Emitter:
         return self._binary(aten.mul.Tensor, operator.mul, left, right)
 
     def plus(self, left: Value, right: Value) -> Value:
-        """left + right."""
+        """Left + right."""
         if not isinstance(left, fx.Node) and left == 0:
             return right
         if not isinstance(right, fx.Node) and right == 0:
@@ -316,7 +317,7 @@ class Emitter:
         return self._binary(aten.add.Tensor, operator.add, left, right)
 
     def over(self, left: Value, right: Value) -> Value:
-        """left / right."""
+        """Left / right."""
         if _is_tensor(right) and not _is_tensor(left):
             return self.times(self.call(aten.reciprocal.default, right), left)
         return self._binary(aten.div.Tensor, operator.truediv, left, right)
@@ -325,6 +326,8 @@ class Emitter:
         if not _is_tensor(left) and not _is_tensor(right):
             return _scalar(self, plain, left, right)
         if not _is_tensor(left):
+            if target is aten.sub.Tensor:
+                return self.call(aten.rsub.Scalar, right, left)
             left, right = right, left
         return self.call(target, left, right)
 
@@ -349,7 +352,8 @@ class Emitter:
             return self._function(base)
         if isinstance(base, Reduction):
             return self._reduction(base)
-        assert isinstance(base, Atom) and isinstance(base.source, fx.Node)
+        assert isinstance(base, Atom)
+        assert isinstance(base.source, fx.Node)
         if not isinstance(base.source.meta.get("val"), torch.Tensor):
             return base.source
         node = self.call(aten.detach.default, base.source) if base.stopped else base.source

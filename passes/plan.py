@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bnrewrite.algebra.calls import shape_of
+
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 
@@ -36,6 +38,8 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
         return f"{kind} is switched off by disable={sorted(options.disable)}"
     if options.only is not None and kind not in options.only and number not in options.only:
         return f"site {number} ({kind}) is not in only={sorted(map(str, options.only))}"
+    if 0 in shape_of(decision.match.linear.source):
+        return "the tensor is empty"
     if options.kernels == "native" and not has_native(decision.match):
         return f'kernels="native" leaves a {kind} that PyTorch has no operator for'
     if options.strict and decision.notes:

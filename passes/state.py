@@ -128,6 +128,8 @@ def updates_of(
     """The buffers whose new value is made of this site's moments.
 
     Args:
+        reading: the meanings of the graph.
+        found: the site.
         candidates: (buffer, new value) of the graph, and (None, value) of what it returns.
     """
     updates = []
@@ -218,7 +220,7 @@ def _native_pair(
 
 
 def _momentum(writing: Writing, update: Update, statistic: Polynomial) -> Number | fx.Node | None:
-    """m where the new value is (1 - m) buffer + m statistic."""
+    """M where the new value is (1 - m) buffer + m statistic."""
     ring = writing.reading.ring
     old = ring.atom(update.buffer, _index(update))
     lead = min(statistic.terms)

@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading
+from bnrewrite.algebra.anchors import CASTS
 from bnrewrite.algebra.axes import Dims, Size, axes_of, product, size_of
-from bnrewrite.algebra.calls import dtype_of, is_tensor
+from bnrewrite.algebra.calls import arguments_of, dtype_of, is_tensor, name_of
 from bnrewrite.algebra.expression import Polynomial
 from bnrewrite.algebra.site import Moments
 
@@ -153,12 +154,15 @@ class Writing:
         emitter = self.along(dims)
         written = emitter.tensor(value)
         extents = [emitter.extent(s) for s in shape]
-        if not is_tensor(written):
+        if not isinstance(written, fx.Node) or not is_tensor(written):
             device = self.match.linear.source.meta["val"].device
             return emitter.call(aten.full.default, extents, written, dtype=dtype, device=device)
         if [size_of(s) for s in written.meta["val"].shape] != shape:
             written = emitter.call(aten.expand.default, written, extents)
-        return self.cast(written, dtype)
+        written = self.cast(written, dtype)
+        if not written.meta["val"].is_contiguous():  # native backwards read weights as dense
+            written = emitter.call(aten.contiguous.default, written)
+        return written
 
     def finish(self, value: Value, dims: Dims | None = None) -> fx.Node:
         """The replacement of the site's node: its shape, dtype, strides and gradient."""
@@ -195,9 +199,8 @@ class Writing:
 
 def compute_dtype(reading: Reading, node: fx.Node) -> torch.dtype:
     """The dtype that the user computes a site in: before the cast, where the site ends in one."""
-    if node in reading.sealed and node.target in (aten.to.dtype, aten._to_copy.default):
-        (source, *_) = node.all_input_nodes
-        return dtype_of(source)
+    if node in reading.sealed and name_of(node) in CASTS:
+        return dtype_of(arguments_of(node)["self"])
     return dtype_of(node)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from bnrewrite.algebra.axes import Axis, Dims
 from bnrewrite.algebra.expression import (
     Atom,
     Base,
-    Extent,
     Function,
     Polynomial,
     Reduction,
@@ -25,7 +24,7 @@ from bnrewrite.algebra.ring import Ring
 
 Point = Mapping[Axis, int]
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., float]] = {
     "root": lambda x: math.sqrt(max(x, 0.0)), "abs": abs, "maximum": max, "minimum": min,
     "exp": math.exp, "log": math.log,
 }  # fmt: skip
@@ -47,9 +46,17 @@ def value_at(ring: Ring, values: Mapping[fx.Node, Any], polynomial: Polynomial, 
     """The number that a polynomial is at an index."""
     return sum(
         float(coefficient)
-        * math.prod(_base_at(ring, values, ring.bases[b], at) ** float(e) for b, e in monomial)
+        * float_product(_base_at(ring, values, ring.bases[b], at) ** float(e) for b, e in monomial)
         for monomial, coefficient in polynomial.terms.items()
     )
+
+
+def float_product(factors: Iterable[float]) -> float:
+    """A product that is a float also where there is no factor."""
+    result = 1.0
+    for factor in factors:
+        result *= factor
+    return result
 
 
 def _base_at(ring: Ring, values: Mapping[fx.Node, Any], base: Base, at: Point) -> float:
@@ -59,9 +66,7 @@ def _base_at(ring: Ring, values: Mapping[fx.Node, Any], base: Base, at: Point) -
     if isinstance(base, Sum):
         return value_at(ring, values, base.polynomial, at)
     if isinstance(base, Function):
-        return float(
-            FUNCTIONS[base.name](*(value_at(ring, values, a, at) for a in base.arguments))
-        )
+        return float(FUNCTIONS[base.name](*(value_at(ring, values, a, at) for a in base.arguments)))
     assert isinstance(base, Reduction), f"{type(base).__name__} {getattr(base, 'size', '')}"
     bound = list(base.bound)
     inner = Polynomial({base.monomial: 1})
@@ -82,7 +87,9 @@ def _position(index: Dims, at: Point) -> tuple[int, ...]:
     return tuple(position)
 
 
-def disagreement(ring: Ring, values: Mapping[fx.Node, Any], node: fx.Node, meaning: Meaning) -> float:
+def disagreement(
+    ring: Ring, values: Mapping[fx.Node, Any], node: fx.Node, meaning: Meaning
+) -> float:
     """The largest relative difference between a node's value and its meaning, at a few indices."""
     value = values[node]
     assert isinstance(value, torch.Tensor)

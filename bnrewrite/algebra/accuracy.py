@@ -39,9 +39,9 @@ def centre(reading: Reading, found: Match) -> Polynomial | None:
         if node is found.node or meaning is None:
             continue
         for form in linear_forms(reading, node):
-            if form.source is found.linear.source and form.scale == ONE and form.shift.terms:
-                if form.index == found.linear.index:
-                    return scaled(form.shift, -1)
+            same = form.source is found.linear.source and form.index == found.linear.index
+            if same and form.scale == ONE and form.shift.terms:
+                return scaled(form.shift, -1)
     return None
 
 

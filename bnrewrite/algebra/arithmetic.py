@@ -89,14 +89,14 @@ class Arithmetic(Interning):
         )
 
     def divide(self, left: Polynomial, right: Polynomial) -> Polynomial:
-        """left / right."""
+        """Left / right."""
         ratio = self._proportion(left, right)
         if ratio is not None and positive(self, right):
             return number(ratio)
         return self.multiply(left, self.power(right, -1))
 
     def power(self, polynomial: Polynomial, exponent: Exponent | float) -> Polynomial:
-        """polynomial ** exponent, for exact exponents."""
+        """Polynomial ** exponent, for exact exponents."""
         exponent = exact(exponent)
         if exponent == 0:
             return ONE

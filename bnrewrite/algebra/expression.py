@@ -115,8 +115,10 @@ class Sum(Base):
 
 @dataclass(frozen=True, eq=False)
 class Function(Base):
-    """A function of polynomials: ``abs``, ``maximum``, ``root`` (a square root whose gradient is
-    zero at zero, as ``norm`` and ``std`` have it), ``exp``, ..."""
+    """A function of polynomials: ``abs``, ``maximum``, ``root``, ``exp``, ...
+
+    ``root`` is a square root whose gradient is zero at zero, as ``norm`` and ``std`` have it.
+    """
 
     name: str
     arguments: tuple[Polynomial, ...]
@@ -138,7 +140,7 @@ def number(value: Number) -> Polynomial:
 
 
 def added(left: Polynomial, right: Polynomial, factor: Number = 1) -> Polynomial:
-    """left + factor * right."""
+    """Left + factor * right."""
     terms = dict(left.terms)
     for monomial, coefficient in right.terms.items():
         old = terms.get(monomial, 0)
@@ -153,7 +155,7 @@ def added(left: Polynomial, right: Polynomial, factor: Number = 1) -> Polynomial
 
 
 def scaled(polynomial: Polynomial, factor: Number) -> Polynomial:
-    """factor * polynomial."""
+    """Factor * polynomial."""
     if factor == 0:
         return ZERO
     if factor == 1:

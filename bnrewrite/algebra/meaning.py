@@ -55,8 +55,10 @@ class Reading:
         return self.sealed.get(node) or self.meanings.get(node)
 
     def derived(self, statistics: frozenset[object]) -> frozenset[object]:
-        """The tensors that statistics are taken of, and those these are made of element by element
-        (a slice, a masked copy, a concatenation)."""
+        """The tensors that statistics are taken of, and what those are made of element by element.
+
+        So a statistic of a slice, a masked copy or a concatenation is one of the whole tensor.
+        """
         found: set[object] = set()
         for source in statistics:
             if source not in self._lineage:
@@ -85,7 +87,6 @@ class Reading:
         The operand with the most axes keeps its names, then the one that holds a statistic: so
         everything about one norm ends in the axes of its tensor.
         """
-
         rank = max(len(m.dims) for m in operands)
         common: list[Dim] = [()] * rank
         values: dict[int, Polynomial] = {}

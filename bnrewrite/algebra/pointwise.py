@@ -22,9 +22,10 @@ Rule = Callable[[Reading, fx.Node, dict[str, Any]], Meaning]
 def _floating(node: fx.Node) -> None:
     """Formulas are about real numbers: integers round and wrap, complex numbers conjugate."""
     value = node.meta.get("val")
-    if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point:
-        if value.dtype not in COUNTS or value.numel() != 1:
-            raise Opaque(f"arithmetic in {value.dtype}")
+    if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point:
+        return
+    if value.dtype not in COUNTS or value.numel() != 1:
+        raise Opaque(f"arithmetic in {value.dtype}")
 
 
 def _unary(function: Callable[[Ring, Polynomial], Polynomial]) -> Rule:

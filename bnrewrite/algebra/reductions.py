@@ -38,7 +38,7 @@ class Reduced:
         return self.ring.mean(self.value, self.over)
 
     def sum(self, value: Polynomial | None = None) -> Polynomial:
-        """n E[x]."""
+        """N E[x]."""
         mean = self.ring.mean(self.value if value is None else value, self.over)
         return self.ring.multiply(self.ring.extent(self.count), mean)
 
@@ -56,8 +56,7 @@ class Reduced:
 
 
 def _of(reading: Reading, a: dict[str, Any]) -> Reduced:
-    dim = a["dim"] if "dim" in a else None
-    return Reduced(reading, a["self"], dim, bool(a.get("keepdim", False)))
+    return Reduced(reading, a["self"], a.get("dim"), bool(a.get("keepdim", False)))
 
 
 def mean(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -107,9 +106,9 @@ def norm(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     """``norm``, ``linalg.norm`` and ``linalg.vector_norm`` for the vector norms."""
     order = a.get("p", a.get("ord"))
     dim = a.get("dim")
-    if "linalg_norm" in str(node.target) and order is not None and dim is not None:
-        if not isinstance(dim, int) and len(dim) != 1:
-            raise Opaque("a matrix norm")
+    several = dim is not None and not isinstance(dim, int) and len(dim) != 1
+    if "linalg_norm" in str(node.target) and order is not None and several:
+        raise Opaque("a matrix norm")
     if isinstance(order, str):
         if order != "fro":
             raise Opaque(f"the matrix norm {order}")

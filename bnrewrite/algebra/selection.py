@@ -93,10 +93,10 @@ def is_small(ring: Ring, found: Match) -> bool:
 
 
 def _ends(candidates: Matches, matches: Matches) -> Matches:
-    """The ends of the chains: where all uses of a candidate lead to one further candidate, it is
-    the further one.
+    """The ends of the chains.
 
-    An end that is computed from another end of the same tensor stays the user's code.
+    Where all uses of a candidate lead to one further candidate, the end is the further one. An end
+    that is computed from another end of the same tensor stays the user's code.
     """
     target: dict[fx.Node, fx.Node] = {}
     for node in reversed(candidates):

@@ -30,6 +30,8 @@ from bnrewrite.capture.refusal import CaptureError
 from bnrewrite.capture.scalars import scalars_allowed
 from bnrewrite.capture.sources import Kind, locate
 
+IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
+
 
 @dataclass(frozen=True)
 class Input:
@@ -81,7 +83,10 @@ def canonicalise(
     fakes = _fake_inputs(placeholders, example_inputs)
     constants = _tensor_constants(graph_module)
     if torch.is_grad_enabled() and "autograd_function_apply" in _higher_order(graph_module):
-        raise CaptureError("an autograd.Function has a backward of its own, which tracing would drop")
+        raise CaptureError(
+            "an autograd.Function has a backward of its own, which tracing would drop"
+        )
+    _refuse_hidden_effects(graph_module.graph)
     try:
         with preserve_node_meta(), scalars_allowed(fakes):
             traced, signature = aot_export_module(
@@ -171,6 +176,41 @@ def _tensor_constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 found[node.target] = value
     return found
+
+
+def _refuse_hidden_effects(graph: fx.Graph) -> None:
+    """Refuse what a functional graph cannot express.
+
+    Raises:
+        CaptureError: function transforms, which change the state of the process while they are
+            traced; an update in place of a value with autograd history, from where autograd does
+            not see it.
+    """
+    grad = torch.is_grad_enabled()
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        module = str(getattr(node.target, "__module__", "")) + str(node.target)
+        if "_functorch" in module or "saved_tensors_hooks" in name:
+            raise CaptureError(f"a function transform ({name}) runs inside the graph")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+        if in_place and node.args and isinstance(node.args[0], fx.Node):
+            hidden, target = not grad, node.args[0]
+            while _aliases_without_history(target) and isinstance(target.args[0], fx.Node):
+                hidden, target = True, target.args[0]
+            if hidden and getattr(target.meta.get("example_value"), "requires_grad", False):
+                raise CaptureError("a value with autograd history is updated where autograd is off")
+
+
+def _aliases_without_history(node: fx.Node) -> bool:
+    """Whether a node is ``x.data`` or ``x.detach()``."""
+    if node.op == "call_method":
+        return node.target == "detach"
+    return node.op == "call_function" and (
+        (node.target is getattr and node.args[1:2] == ("data",))
+        or getattr(node.target, "__name__", "") in ("detach", "_get_data_attr")
+    )
 
 
 def _higher_order(graph_module: fx.GraphModule) -> list[str]:

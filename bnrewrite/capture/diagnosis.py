@@ -77,7 +77,9 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         in_place = node.op == "call_method" and str(node.target).endswith("_")
-        written = in_place or "out" in node.kwargs or str(node.target).startswith("<built-in function i")
+        written = (
+            in_place or "out" in node.kwargs or str(node.target).startswith("<built-in function i")
+        )
         if node.op == "output" or written or node in live:
             live.add(node)
             live.update(node.all_input_nodes)
