@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         '"16 on" a shape is a stack of sixteen norms in one model.',
         device=options.device,
     )
-    table.show(console)
+    table.show()
     table.write(options.output)
     _plot(results, options.output / "norms.png", str(machine(options.device)["device"]))
     console.print(f"written: {options.output}/norms.json, norms.md, norms.png")
@@ -159,7 +159,8 @@ def _plot(results: list[Result], path: Path, device: str) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(results) + 1.5), layout="constrained")
     for offset, peer in zip((-0.2, 0.2), (HAND, OPTIMISED), strict=True):
         ratios = [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
-        axes.barh([row + offset for row in rows], ratios, height=0.38, label=peer)
+        widths = [ratio - 1 for ratio in ratios]
+        axes.barh([row + offset for row in rows], widths, left=1, height=0.38, label=peer)
     axes.axvline(1.0, color="black", linewidth=1, label="native = 1")
     axes.set_xscale("log")
     axes.set_yticks(rows, labels, fontsize=8)

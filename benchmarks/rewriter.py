@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         records=[asdict(result) for result in results],
         remark="One run per size.",
     )
-    table.show(console)
+    table.show()
     table.write(options.output)
     console.print(f"written: {options.output}/rewriter.json, rewriter.md")
     return results

@@ -1,6 +1,7 @@
 """A benchmark's results as a table on the screen, in Markdown, and as JSON."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.measure import machine
 
+WIDTH = 200  # columns, where there is no terminal to ask
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -25,12 +27,12 @@ class Results:
     remark: str  # one sentence under the table's origin
     device: str = "cpu"
 
-    def show(self, console: Console) -> None:
-        """Print the table."""
+    def show(self) -> None:
+        """Print the table, in full where it is not a terminal that is printed to."""
         table = Table(*self.headings, title=self.name)
         for row in self.rows:
             table.add_row(*row)
-        console.print(table)
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
     def write(self, folder: Path) -> None:
         """Write `<name>.json` and `<name>.md` into `folder`, which is made where it is missing."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bnrewrite.algebra import find, read, remarks
+from bnrewrite.algebra import Match, Reading, chain, find, read, remarks
 
 from .rewriting import Decision, Rewriting
 
@@ -31,7 +31,7 @@ class Recognise:
         rewriting.decisions = [
             Decision(found, notes=remarks(reading, found))
             for found in find(reading, rewriting.graph)
-            if not is_native(found.node)
+            if not is_native(reading, found)
         ]
 
 
@@ -42,7 +42,13 @@ def _drop_assertions(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def is_native(node: fx.Node) -> bool:
-    """Whether the arithmetic is the inside of ``F.normalize``, which has no ATen op of its own."""
-    functions = [entry[1] for entry in node.meta.get("source_fn_stack") or ()]
+def is_native(reading: Reading, found: Match) -> bool:
+    """Whether a site is a call of ``F.normalize``, which has no ATen op of its own, as it is."""
+    if reading.ring.axes(found.weight) or found.bias.terms:
+        return False
+    functions = [
+        entry[1]
+        for node in chain(reading, found)
+        for entry in node.meta.get("source_fn_stack") or ()
+    ]
     return torch.nn.functional.normalize in functions

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import fx
 
-from bnrewrite.algebra import Match, Reading, formula
+from bnrewrite.algebra import Match, Reading, chain, formula
+from bnrewrite.algebra.anchors import REDUCTIONS
+from bnrewrite.algebra.calls import name_of
 from bnrewrite.capture.canonical import Canonical
 from bnrewrite.options import Options
 from bnrewrite.report.site import LEFT, REWRITTEN, Site
@@ -72,12 +74,21 @@ class Rewriting:
                 decision.record = self.describe(decision)
         return tuple(d.record for d in self.decisions if d.record is not None)
 
+    def _origin(self, found: Match) -> fx.Node:
+        """The node that says where a norm is: what follows its statistics may be elsewhere."""
+        assert self.reading is not None
+        statistics = [n for n in chain(self.reading, found) if name_of(n) in REDUCTIONS]
+        if not statistics or module_of(statistics[-1]) == module_of(found.node):
+            return found.node
+        return statistics[-1]
+
     def describe(self, decision: Decision) -> Site:
         """The record of a decision; called before the graph is changed."""
         assert self.reading is not None
         found = decision.match
         refusal = decision.refusal
         dims = found.linear.index
+        origin = self._origin(found)
         return Site(
             kind=found.kind,
             status=LEFT if refusal else REWRITTEN,
@@ -85,8 +96,8 @@ class Rewriting:
             formula=formula(self.reading.ring, found),
             axes=tuple(i for i, d in enumerate(dims) if set(d) & found.over),
             eps=found.eps,
-            module=module_of(found.node),
-            source=source_of(found.node),
+            module=module_of(origin),
+            source=source_of(origin),
             lowering=None if refusal else decision.lowering,
             notes=tuple(decision.notes),
             state=tuple(decision.state),

@@ -25,14 +25,23 @@ TRANSPARENT = frozenset(VIEWS.split())
 COMMUTATIVE = ("add", "mul", "maximum", "minimum")
 
 
-def graph_text(module: fx.GraphModule) -> str:
-    """One line per operator that computes; operands by the user's names or by line number."""
+def graph_text(module: fx.GraphModule, full_size: int = 0) -> str:
+    """One line per operator that computes; operands by the user's names or by line number.
+
+    Args:
+        module: the rewritten graph.
+        full_size: where given, only operators whose results have at least so many elements, and
+            lead to an output by such results; every other operand reads `small`.
+    """
+    shown = full_size_nodes(module, full_size) if full_size else set(module.graph.nodes)
     names: dict[fx.Node, str] = {}
     lines: list[str] = []
     updates: list[str] = []
     for node in module.graph.nodes:
         if node.op == "placeholder":
             names[node] = input_name(str(node.target))
+        elif node not in shown and node.op != "output":
+            names[node] = "small"
         elif node.op == "get_attr":
             names[node] = "constant"
         elif node.op == "output":
@@ -52,6 +61,20 @@ def graph_text(module: fx.GraphModule) -> str:
                 names[node] = f"%{len(lines) + 1}"
                 lines.append(f"{names[node]} = {name}({', '.join(arguments(node, names))})")
     return "\n".join(lines)
+
+
+def full_size_nodes(module: fx.GraphModule, full_size: int) -> set[fx.Node]:
+    """What an output is made of through full-size results only."""
+    *_, output = module.graph.nodes
+    found: set[fx.Node] = set()
+    left = list(output.all_input_nodes)
+    while left:
+        node = left.pop()
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if node not in found and isinstance(value, torch.Tensor) and value.numel() >= full_size:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
 
 
 def flat(outputs: Any) -> list[Any]:
@@ -88,10 +111,12 @@ def operand(argument: Any, names: dict[fx.Node, str]) -> str:
 
 RECORDER = "bnrewrite_recorder"  # a backend that keeps the text of every graph handed to it
 RECORDED: list[str] = []
+FULL_SIZE = {"elements": 0}  # what `graph_text` is given by the recording backend
 
 
-def recorder() -> str:
+def recorder(full_size: int = 0) -> str:
     """The name of the recording backend, which runs graphs eagerly; what it has kept is dropped."""
+    FULL_SIZE["elements"] = full_size
     if RECORDER not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(record, name=RECORDER)
     RECORDED.clear()
@@ -100,7 +125,7 @@ def recorder() -> str:
 
 def record(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Keeps a graph's text in ``RECORDED``."""
-    RECORDED.append(graph_text(module))
+    RECORDED.append(graph_text(module, FULL_SIZE["elements"]))
     return module.forward
 
 

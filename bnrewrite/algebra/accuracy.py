@@ -20,7 +20,7 @@ OVERFLOWS = "more accurate than the source: squares are summed in {dtype} there"
 def remarks(reading: Reading, found: Match) -> list[str]:
     """What the replacement of a site computes more accurately than the user's code."""
     result = []
-    nodes = _nodes(reading, found)
+    nodes = chain(reading, found)
     if any(_cancels(reading, node) for node in nodes):
         result.append(CANCELS)
     rounding = [n for n in nodes if n in reading.narrowed]
@@ -34,7 +34,7 @@ def remarks(reading: Reading, found: Match) -> list[str]:
 
 def centre(reading: Reading, found: Match) -> Polynomial | None:
     """``c`` where the user's code forms ``x - c`` before it scales, as digits ask for."""
-    for node in _nodes(reading, found):
+    for node in chain(reading, found):
         meaning = reading.meanings.get(node)
         if node is found.node or meaning is None:
             continue
@@ -45,7 +45,7 @@ def centre(reading: Reading, found: Match) -> Polynomial | None:
     return None
 
 
-def _nodes(reading: Reading, found: Match) -> list[fx.Node]:
+def chain(reading: Reading, found: Match) -> list[fx.Node]:
     """The nodes between a site and its tensor that make the statistics."""
     result: list[fx.Node] = []
     seen = {found.linear.source}

@@ -33,6 +33,7 @@ MOVES = frozenset((
     "index", "index_select", "masked_fill", "where", "roll", "flip", "constant_pad_nd", "pad",
 ))  # fmt: skip
 
+FORWARD = 48  # how many nodes on a reduction is followed to the tensor that it scales
 STEPS = 24  # how many tensors back a statistic is still about the tensor that it scales
 
 CASTS = frozenset(("to", "_to_copy", "type_as"))
@@ -53,7 +54,8 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
                 base = _base(operand, statistic)
                 if base is not None:
                     found.add(base)
-            statistic[node] = max((_extent(n) for n in _operands(node)), default=0)
+            if _scales_more(node):
+                statistic[node] = max((_extent(n) for n in _operands(node)), default=0)
             continue
         reduced = [statistic[n] for n in inputs if n in statistic]
         if reduced and (
@@ -61,6 +63,31 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
         ):
             statistic[node] = max(reduced)
     return frozenset(found)
+
+
+def _scales_more(reduction: fx.Node) -> bool:
+    """Whether a reduction is later combined with a larger tensor, element by element.
+
+    If it is not it is no statistic but a new tensor: a pooled one, a weighted sum.
+    """
+    own = max(_extent(reduction), 1)
+    seen: set[fx.Node] = set()
+    todo = list(reduction.users)
+    while todo and len(seen) < FORWARD:
+        node = todo.pop(0)
+        if node in seen or not _is_elementwise(node):
+            continue
+        seen.add(node)
+        if name_of(node) not in SAME and _extent(node) > own:
+            return True
+        todo += node.users
+    return False
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    target = node.target
+    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return pointwise or name_of(node) in SAME | CASTS | REDUCTIONS | {"getitem", "cat"}
 
 
 def lineage(source: object) -> frozenset[object]:

@@ -61,7 +61,8 @@ def _is_batch(r: Roles) -> bool:
 
 def _is_group(r: Roles) -> bool:
     whole = r.kept <= {0} and r.rank >= 3 and bool(r.affine) and r.affine <= {1}
-    return bool(r.mixed) or (whole and 1 in r.reduced)
+    cut = len(r.mixed) == 1 and r.mixed <= {1, r.rank - 1} and r.kept <= {0}
+    return cut or (whole and 1 in r.reduced)
 
 
 def _is_instance(r: Roles) -> bool:
@@ -74,7 +75,7 @@ def _is_instance(r: Roles) -> bool:
 
 
 def _is_layer(r: Roles) -> bool:
-    return not r.mixed and bool(r.reduced) and (0 not in r.reduced or not r.kept)
+    return bool(r.reduced | r.mixed) and (0 not in r.reduced or not r.kept)
 
 
 CATALOGUE = (

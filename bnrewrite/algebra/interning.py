@@ -44,6 +44,10 @@ class Interning:
             lambda i: Atom(i, axes, moments, raw, False, 0, source, index, stopped),
         )
 
+    def order(self, source: object) -> int:
+        """The place of a source among all that atoms were made of."""
+        return self._order[source]
+
     def function(self, name: str, *arguments: Polynomial, nonneg: bool = False) -> Polynomial:
         """An uninterpreted function of polynomials."""
         return self._single(

@@ -218,6 +218,9 @@ def _named_uncentred(ring: Ring, base: Match, found: Denominator) -> Match:
             found.outside if _clamped(ring, base) else _user_eps(ring, base, found.outside or 0, -1)
         )
     root = found.inside if found.order == 2 and not found.masked else None
+    everything = base.linear.axes
+    if not (ring.axes(base.weight) < everything and ring.axes(base.bias) < everything):
+        return replace(base, reason="its affine is as large as the tensor", eps=eps)
     kind = "lp_normalize" if lp else "rms_norm"
     weight = base.weight
     if root is not None:

@@ -143,6 +143,7 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
         stored = ring.raw(linear.scale) | ring.raw(linear.shift)
         if (
             stored
+            and ring.axes(linear.scale)
             and all(_is_stored(s) for s in stored)
             and not is_parameter(linear.source)
             and (_normalises(ring, linear) or _shifts_first(linear))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from .axes import Axis, Dims, axes_of
+from .calls import is_tensor, shape_of
 from .expression import (
     Atom,
     Base,
@@ -67,12 +68,14 @@ class Linear:
 def linear_forms(reading: Reading, node: fx.Node) -> list[Linear]:
     """The tensors in which a node's meaning is of degree one, with their coefficients."""
     meaning = reading.formula(node)
-    if meaning is None or len(meaning.value.terms) < 1:
+    if meaning is None or not meaning.value.terms or not is_tensor(node):
         return []
     ring = reading.ring
     value, detached = _attached(ring, meaning.value)
     forms = []
-    for source in ring.raw(value):
+    if any(not d and s != 1 for d, s in zip(meaning.dims, shape_of(node), strict=True)):
+        return []  # the norm was expanded: the site is before
+    for source in sorted(ring.raw(value), key=lambda s: (s not in reading.anchors, ring.order(s))):
         if isinstance(source, fx.Node):
             form = _linear_in(ring, value, source)
             if form is not None and set(axes_of(form[0])) == set(axes_of(meaning.dims)):

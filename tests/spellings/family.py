@@ -27,6 +27,9 @@ class Family:
         parameters: names and plain shapes.
         buffers: names and plain shapes.
         may_stay: the user's code may be the fastest known way, and then stays (contract, C6).
+        full_size: elements of the normalised tensor, where the lowering keeps the user's own small
+            statistics: the golden graph then has the full-size operations only.
+        alone: why a formula that looks like another family's is a family of one spelling.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Family:
     parameters: Mapping[str, Shape] = field(default_factory=dict)
     buffers: Mapping[str, Shape] = field(default_factory=dict)
     may_stay: bool = False
+    full_size: int = 0
+    alone: str = ""
 
 
 @dataclass(frozen=True)

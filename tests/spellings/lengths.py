@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,6 +171,17 @@ CLAMPED = family("p = 2, clamped", native_clamped, TINY)
 BARE = family("p = 2, no eps", native_bare, None)
 ADDED = family("p = 2, eps added", native_added, EPS)
 UNDER_ROOT = family("p = 2, eps under the root", native_under_root, EPS)
+MASKED = "the norm's gradient at zero is masked, that of the root of a sum is not"
+CLAMPED_ROOT = replace(CLAMPED, name="lp, p = 2, root of a sum, clamped", alone=MASKED)
+MAXIMUM = replace(
+    CLAMPED,
+    name="lp, p = 2, maximum with a tensor",
+    alone="maximum halves the gradient between equals, a clamp does not",
+)
+BARE_ROOT = replace(BARE, name="lp, p = 2, root of a sum, no eps")
+BARE = replace(BARE, alone=MASKED)
+ADDED_ROOT = replace(ADDED, name="lp, p = 2, root of a sum, eps added", alone=MASKED)
+ADDED = replace(ADDED, alone=MASKED)
 MANHATTAN = family("p = 1, clamped", native_manhattan, TINY)
 MANHATTAN_BARE = family("p = 1, no eps", native_manhattan_bare, None)
 LARGEST = family("p = inf, clamped", native_largest, TINY)
@@ -176,25 +189,27 @@ LARGEST_ADDED = family("p = inf, eps added", native_largest_added, EPS)
 IMAGES = Family(
     "lp, p = 2, channels of images", ("lp_normalize",), native_images, (3, 6, 4, 5), (1,), TINY
 )
+IMAGES_ROOT = replace(IMAGES, name="lp, p = 2, channels, root of a sum", alone=MASKED)
+IMAGES = replace(IMAGES, alone=MASKED)
 
 TABLE = (
     Spelling(norm_clamp_expand, CLAMPED, also=("float64", "bfloat16", "dynamic", "backend")),
     Spelling(vector_norm_clamp, CLAMPED, also=("inductor",)),
-    Spelling(root_of_squares_clamp, CLAMPED, also=("float64",)),
+    Spelling(root_of_squares_clamp, CLAMPED_ROOT, also=("float64",)),
     Spelling(linalg_norm_clamp, CLAMPED),
-    Spelling(maximum_with_a_tensor, CLAMPED),
+    Spelling(maximum_with_a_tensor, MAXIMUM),
     Spelling(bare_norm, BARE, also=("float64", "float16")),
-    Spelling(bare_root_of_sum, BARE, also=("dynamic",)),
-    Spelling(bare_rsqrt, BARE),
-    Spelling(bare_einsum, BARE),
-    Spelling(bare_mean_of_squares, BARE),
+    Spelling(bare_root_of_sum, BARE_ROOT, also=("dynamic",)),
+    Spelling(bare_rsqrt, BARE_ROOT),
+    Spelling(bare_einsum, BARE_ROOT),
+    Spelling(bare_mean_of_squares, BARE_ROOT),
     Spelling(added_to_norm, ADDED, also=("bfloat16",)),
-    Spelling(added_to_root, ADDED),
+    Spelling(added_to_root, ADDED_ROOT),
     Spelling(under_root, UNDER_ROOT, also=("float64",)),
     Spelling(under_rsqrt, UNDER_ROOT),
     Spelling(under_root_from_norm, UNDER_ROOT),
     Spelling(channels_of_an_image, IMAGES, also=("dynamic",)),
-    Spelling(channels_of_flat_images, IMAGES),
+    Spelling(channels_of_flat_images, IMAGES_ROOT),
     Spelling(manhattan_norm, MANHATTAN, also=("float64",)),
     Spelling(manhattan_sum, MANHATTAN, also=("dynamic",)),
     Spelling(manhattan_mean, MANHATTAN),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,10 +165,15 @@ FULL: dict[str, Shape] = {"weight": (1, 6, 1, 1), "bias": (1, 6, 1, 1)}
 STATISTICS: dict[str, Shape] = {"running_mean": (6,), "running_var": (6,)}
 UPDATED = family(
     "batch norm by its updated statistics", updated_statistics_rebound, IMAGE, AXES, VECTORS,
-    buffers=STATISTICS,
+    buffers=STATISTICS, full_size=4 * 6 * 5 * 3,
 )  # fmt: skip
 OUTSIDE = family(
-    "layer norm by std + eps", annotated, (3, 5, 8), (2,), {"weight": (8,), "bias": (8,)}
+    "layer norm by std + eps",
+    annotated,
+    (3, 5, 8),
+    (2,),
+    {"weight": (8,), "bias": (8,)},
+    full_size=3 * 5 * 8,
 )
 TWICE = family(
     "variance corrected twice", corrected_twice, IMAGE, AXES, VECTORS,
@@ -178,11 +184,21 @@ ADAPTIVE = family(
     kinds=("general", "instance_norm"),
 )  # fmt: skip
 RESPONSE = family("global response norm", response, (2, 4, 3, 6), (1, 2), VECTORS, may_stay=True)
-RENORM = family("batch renorm", renormalised, IMAGE, AXES, VECTORS, buffers=STATISTICS)
+RENORM = family(
+    "batch renorm", renormalised, IMAGE, AXES, VECTORS, buffers=STATISTICS,
+    kinds=("batch_norm",), alone="the site is the batch norm inside; the clamps stand around it",
+)  # fmt: skip
+RENORM_WHOLE = family(
+    "batch renorm, clamps in the scale", renormalised, IMAGE, AXES, VECTORS, buffers=STATISTICS,
+    full_size=4 * 6 * 5 * 3, alone="one site covers the norm and the clamps",
+)  # fmt: skip
 FILTER = family(
     "filter response norm", filter_response, IMAGE, PLANE, FULL | {"threshold": (1, 6, 1, 1)},
     kinds=("general", "rms_norm"),
 )  # fmt: skip
+MASKED = "the norm's gradient at zero is masked, that of the root of a sum is not"
+RESPONSE_ROOT = replace(RESPONSE, name="global response norm from squares", alone=MASKED)
+RESPONSE = replace(RESPONSE, alone=MASKED)
 
 TABLE = (
     Spelling(updated_statistics_rebound, UPDATED, also=("float64", "backend")),
@@ -195,9 +211,9 @@ TABLE = (
     Spelling(adaptive_instance, ADAPTIVE, also=("float64",)),
     Spelling(adaptive_instance_expanded, ADAPTIVE),
     Spelling(response, RESPONSE, also=("float64", "inductor")),
-    Spelling(response_from_squares, RESPONSE),
+    Spelling(response_from_squares, RESPONSE_ROOT),
     Spelling(renormalised, RENORM, also=("float64",)),
-    Spelling(renormalised_under_no_grad, RENORM),
+    Spelling(renormalised_under_no_grad, RENORM_WHOLE),
     Spelling(filter_response, FILTER, also=("float64", "bfloat16")),
     Spelling(filter_response_divided, FILTER),
 )

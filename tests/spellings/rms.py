@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -137,6 +139,11 @@ FIRST = Family(
     may_stay=True,
 )  # fmt: skip
 
+FIRST_DIVIDED = replace(
+    FIRST, name="rms norm, channels first, divided", alone="a division stays a division"
+)
+FIRST = replace(FIRST, alone="a product with a root stays one")
+
 TABLE = (
     Spelling(mean_of_powers, RMS, also=("float64", "dynamic", "backend")),
     Spelling(cast_before_the_scale, RMS, also=("bfloat16", "float16", "inductor")),
@@ -156,5 +163,5 @@ TABLE = (
     Spelling(plain, PLAIN, also=("bfloat16",)),
     Spelling(plain_divided, PLAIN),
     Spelling(channels_first, FIRST, also=("float64",)),
-    Spelling(channels_first_permuted, FIRST),
+    Spelling(channels_first_permuted, FIRST_DIVIDED),
 )
