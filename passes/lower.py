@@ -155,7 +155,12 @@ def _updates(rewriting: Rewriting, found: Match) -> list[Update]:
         if isinstance(value, fx.Node) and (buffer or not reading.ring.differentiable(value))
     }
     pairs = [(buffer, value) for value, buffer in reversed(candidates.items())]
-    return updates_of(reading, found, pairs)
+    place = {node: i for i, node in enumerate(rewriting.graph.nodes)}
+    return [
+        update
+        for update in updates_of(reading, found, pairs)
+        if all(place[s] < place[found.node] for s in reading.ring.raw(update.value))
+    ]
 
 
 def _write_state(writing: Writing, state: BatchState) -> None:

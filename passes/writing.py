@@ -144,6 +144,7 @@ class Writing:
         """An emitter for tensors that run along some of the axes only."""
         emitter = Emitter(self.reading, self.match.node, dims, self.dtype)
         emitter._symbols = self.emitter._symbols
+        emitter.reusable = self.emitter.reusable
         return emitter
 
     def vector(self, value: Polynomial, dims: Dims, neutral: int, dtype: torch.dtype) -> Any:
