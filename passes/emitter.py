@@ -58,6 +58,13 @@ class Unwritable(Exception):
     """A formula that has no form in nodes here; the site stays the user's code."""
 
 
+def current(node: fx.Node) -> fx.Node:
+    """A node, or what replaced it: the tensor of a norm may be the result of one before."""
+    while "replaced_by" in node.meta:
+        node = node.meta["replaced_by"]
+    return node
+
+
 class Emitter:
     """Writes nodes before one node of a graph.
 
@@ -87,6 +94,7 @@ class Emitter:
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node, with its fake value."""
         graph = self.before.graph
+        args, kwargs = fx.map_arg((args, kwargs), current)
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args, kwargs)
         for key in ("stack_trace", "nn_module_stack"):
@@ -190,7 +198,7 @@ class Emitter:
         if slow and not _is_root(self.ring, polynomial):
             return None
         try:
-            placed = self.place(node, dims)
+            placed = self.place(current(node), dims)
         except Unwritable:
             return None
         ratio = lead / coefficient
@@ -360,7 +368,7 @@ class Emitter:
         dtype = dtype_of(node)
         if not dtype.is_floating_point or narrows(self.dtype, dtype):
             node = self.call(aten.to.dtype, node, self.dtype)
-        return self.place(node, base.index)
+        return self.place(current(node), base.index)
 
     def _is_stable(self, polynomial: Polynomial) -> bool:
         """Whether a sum adds up without differences of like numbers, V counting as one."""

@@ -117,6 +117,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         decision.refusal = Refusal(str(refusal), found.node)
         return
     found.node.replace_all_uses_with(replacement)
+    found.node.meta["replaced_by"] = replacement
     for old, new in state.replaced.items():
         _replace_value(rewriting, old, new)
     buffers = [u.buffer for u in state.updates if u.buffer is not None]

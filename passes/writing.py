@@ -17,7 +17,7 @@ from bnrewrite.algebra.calls import arguments_of, dtype_of, is_tensor, name_of
 from bnrewrite.algebra.expression import Polynomial
 from bnrewrite.algebra.site import Moments
 
-from .emitter import Emitter, Reusable, Unwritable, Value, aten, split_layout
+from .emitter import Emitter, Reusable, Unwritable, Value, aten, current, split_layout
 
 
 class Writing:
@@ -107,7 +107,7 @@ class Writing:
     def input(self) -> fx.Node:
         """The normalised tensor in the layout and in the dtype that the user computes in."""
         if self._input is None:
-            node = self.match.linear.source
+            node = current(self.match.linear.source)
             self._input = self.emitter.place(self.cast(node, self.dtype), self.match.linear.index)
         return self._input
 
