@@ -180,8 +180,11 @@ def _replace_value(rewriting: Rewriting, old: fx.Node, new: fx.Node) -> None:
     assert rewriting.reading is not None
     *_, output = rewriting.graph.nodes
     if rewriting.reading.ring.differentiable(old):
-        count = len(rewriting.canonical.mutated)
-        values = list(output.args[0])
+        canonical, values = rewriting.canonical, list(output.args[0])
+        count = len(canonical.mutated)
+        names = [name for name, v in zip(canonical.mutated, values, strict=False) if v is old]
+        if set(names) <= set(canonical.rebound):
+            count = len(values)  # capture returns the buffer itself in the other places
         values[:count] = [new if v is old else v for v in values[:count]]
         output.args = (type(output.args[0])(values),)
         return

@@ -106,6 +106,7 @@ def write_updates(
     ((mean_base, _),) = found.moments.mean.terms.items()
     for update in state.updates:
         emitter = writing.along(update.dims)
+        emitter.reusable = {}  # the user's own update is what this one replaces
         mean, variance = (
             emitter.place(emitter.call(aten.detach.default, node), channels)
             for node, _ in given.values()
