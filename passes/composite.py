@@ -7,9 +7,12 @@ Leaves alone: coefficients as large as the tensor itself.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from torch import fx
 
 from bnrewrite.algebra import centre
+from bnrewrite.algebra.calls import is_tensor
 from bnrewrite.algebra.expression import ZERO, Polynomial, added, scaled
 
 from .emitter import Unwritable, Value, aten
@@ -90,6 +93,24 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
             divisor = emitter.tensor(writing.reading.ring.power(scale, -1))
             return emitter.plus(emitter.over(x, divisor), emitter.tensor(shift))
     factor, offset = emitter.tensor(scale), emitter.tensor(shift)
-    if isinstance(factor, fx.Node) and isinstance(offset, fx.Node) and isinstance(x, fx.Node):
-        return emitter.call(aten.addcmul.default, offset, x, factor)
-    return emitter.plus(emitter.times(x, factor), offset)
+    if not (_is_tensor(x) and _is_tensor(factor) and _is_tensor(offset)):
+        return emitter.plus(emitter.times(x, factor), offset)
+    if writing.in_place and _repeats_inside(x, factor):
+        return emitter.call(aten.add_.Tensor, emitter.call(aten.mul.Tensor, x, factor), offset)
+    return emitter.call(aten.addcmul.default, offset, x, factor)
+
+
+def _is_tensor(value: Value) -> TypeGuard[fx.Node]:
+    return isinstance(value, fx.Node) and is_tensor(value)
+
+
+def _repeats_inside(x: fx.Node, factor: fx.Node) -> bool:
+    """Whether a factor is one number along the dimension that lies dense in memory.
+
+    ``addcmul`` is not vectorised there: 32x64x56x56 float32 on one core, scale per channel, 2.9 ms
+    in NCHW against 1.4 for a product and an addition in place, and 0.9 ms in channels_last.
+    """
+    strides = x.meta["val"].stride()
+    shape = factor.meta["val"].shape
+    dense = [d for d, s in enumerate(strides) if isinstance(s, int) and s == 1]
+    return bool(dense) and len(shape) == len(strides) and shape[dense[-1]] == 1

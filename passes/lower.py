@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Opaque, axes_of
 from bnrewrite.algebra.calls import is_tensor, shape_of
 from bnrewrite.algebra.expression import Polynomial, normalised
@@ -112,7 +111,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
             )
             replacement = write_native(writing, state)
         else:
-            replacement = _composite(rewriting.reading, found, statistics, state)
+            replacement = _composite(rewriting, found, statistics, state)
     except (Unwritable, Opaque) as refusal:
         decision.refusal = Refusal(str(refusal), found.node)
         return
@@ -125,12 +124,16 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
 
 
 def _composite(
-    reading: Reading, found: Match, statistics: _Statistics, state: BatchState
+    rewriting: Rewriting, found: Match, statistics: _Statistics, state: BatchState
 ) -> fx.Node:
     """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
+    assert rewriting.reading is not None
+    eager = rewriting.options.stage == "eager"
     split = tuple((axis,) for axis in axes_of(found.linear.index))
     for layout in (None, split):
-        writing = Writing(reading, found, statistics.known, statistics.sizes, layout)
+        writing = Writing(
+            rewriting.reading, found, statistics.known, statistics.sizes, layout, in_place=eager
+        )
         try:
             replacement = write_composite(writing)
             _write_state(writing, state)

@@ -24,6 +24,7 @@ class Writing:
     """Writes the replacement of one site.
 
     Args:
+        in_place: the stage after runs the graph as it is: new tensors may be updated in place.
         layout: dimensions of the input as the lowering wants them; by default the input's own,
             split where the reduction cuts a dimension.
     """
@@ -35,7 +36,10 @@ class Writing:
         reusable: Reusable,
         sizes: dict[Any, Value],
         layout: Dims | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
+        self.in_place = in_place
         self.match = match
         self.reading = reading
         self.layout = layout or split_layout(match.linear.index, match.over)
