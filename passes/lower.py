@@ -47,7 +47,10 @@ class _Statistics:
     def __init__(self, rewriting: Rewriting) -> None:
         assert rewriting.reading is not None
         self.reading = rewriting.reading
-        self.nodes = iter(list(rewriting.graph.nodes))
+        nodes = list(rewriting.graph.nodes)
+        self.nodes = iter(nodes)
+        self.place = {node: i for i, node in enumerate(nodes)}
+        self.placeholders = {n.name: n for n in rewriting.placeholders()}
         self.known: Reusable = {}
         self.direct: set[fx.Node] = set()
         self.sizes: dict[Any, Value] = {}
@@ -103,7 +106,7 @@ def _is_plain(value: Polynomial) -> bool:
 def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> None:
     found = decision.match
     assert rewriting.reading is not None
-    state = BatchState(_updates(rewriting, found))
+    state = BatchState(_updates(rewriting, found, statistics))
     try:
         if decision.lowering == "native":
             writing = Writing(
@@ -143,15 +146,16 @@ def _composite(
     raise reason
 
 
-def _updates(rewriting: Rewriting, found: Match) -> list[Update]:
+def _updates(rewriting: Rewriting, found: Match, statistics: _Statistics) -> list[Update]:
     """What the graph makes of a site's moments besides the norm: buffers, and returned values."""
     reading = rewriting.reading
     assert reading is not None
     if not found.over:
         return []
-    placeholders: dict[str, fx.Node] = {n.name: n for n in rewriting.placeholders()}
     outputs = next(iter(reversed(rewriting.graph.nodes))).args[0]
-    buffers: list[fx.Node | None] = [placeholders[n] for n in rewriting.canonical.mutated]
+    buffers: list[fx.Node | None] = [
+        statistics.placeholders[n] for n in rewriting.canonical.mutated
+    ]
     buffers += [None] * (len(outputs) - len(buffers))
     candidates = {
         value: buffer
@@ -159,7 +163,7 @@ def _updates(rewriting: Rewriting, found: Match) -> list[Update]:
         if isinstance(value, fx.Node) and (buffer or not reading.ring.differentiable(value))
     }
     pairs = [(buffer, value) for value, buffer in reversed(candidates.items())]
-    place = {node: i for i, node in enumerate(rewriting.graph.nodes)}
+    place = statistics.place
     return [
         update
         for update in updates_of(reading, found, pairs)
