@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 from bnrewrite.algebra import Reading
-from bnrewrite.algebra.axes import Axis, Dims, Opaque, Size, axes_of, product, size_of
+from bnrewrite.algebra.axes import Axis, Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.calls import dtype_of, narrows
 from bnrewrite.algebra.expression import (
     MAXIMA,
@@ -451,6 +451,3 @@ def _plain(value: Number) -> float | int:
 
 def _size(extent: int | torch.SymInt) -> Size:
     return size_of(extent)
-
-
-__all__ = ["Emitter", "Opaque", "Reusable", "Unwritable", "split_layout"]

@@ -19,8 +19,6 @@ from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Dim, Dims, Opaque, align, axes_of, product
 from bnrewrite.algebra.calls import dtype_of, is_tensor, shape_of
 from bnrewrite.algebra.expression import (
-    Atom,
-    Base,
     Number,
     Polynomial,
     Reduction,
@@ -160,21 +158,9 @@ def _in_site_axes(
         return None
     if left:
         return None
-    value = _attached(reading, reading.ring.substitute(meaning.value, right))
+    value = reading.ring.attached(reading.ring.substitute(meaning.value, right))
     dims = tuple(tuple(p for a in d for p in right.get(a, (a,))) for d in meaning.dims)
     return Update(buffer, node, value, dims)
-
-
-def _attached(reading: Reading, value: Polynomial) -> Polynomial:
-    """The same value, gradients left aside: a buffer carries none."""
-    ring = reading.ring
-
-    def leaf(base: Base) -> Polynomial | None:
-        if isinstance(base, Atom):
-            return ring.atom(base.source, base.index, moments=base.moments)
-        return None
-
-    return ring.transform(value, leaf)
 
 
 def _only_these_moments(reading: Reading, found: Match, value: Polynomial) -> bool:
@@ -221,9 +207,9 @@ def _native_pair(
 
 
 def _momentum(writing: Writing, update: Update, statistic: Polynomial) -> Number | fx.Node | None:
-    """M where the new value is (1 - m) buffer + m statistic."""
+    """The m for which the new value is (1 - m) buffer + m statistic."""
     ring = writing.reading.ring
-    old = ring.atom(update.buffer, _index(update))
+    old = ring.atom(update.buffer, update.dims)
     lead = min(statistic.terms)
     factor = Polynomial(
         {
@@ -244,11 +230,6 @@ def _momentum(writing: Writing, update: Update, statistic: Polynomial) -> Number
         return None
     written = writing.emitter.tensor(factor)
     return written if isinstance(written, fx.Node) else None
-
-
-def _index(update: Update) -> Dims:
-    """How the buffer is read: one dimension of the formula per dimension of the buffer."""
-    return update.dims
 
 
 def _close(left: Polynomial, right: Polynomial) -> bool:

@@ -47,7 +47,6 @@ class Reading:
     sealed: dict[fx.Node, Meaning] = field(default_factory=dict)
     narrowed: set[fx.Node] = field(default_factory=set)
     anchors: frozenset[fx.Node] = frozenset()
-    graded: bool = True
     _lineage: dict[object, frozenset[object]] = field(default_factory=dict)
 
     def formula(self, node: fx.Node) -> Meaning | None:
@@ -139,7 +138,6 @@ def read(graph: fx.Graph, *, grad_enabled: bool = True) -> Reading:
         if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
             grad = bool(node.args[0])
             continue
-        reading.graded = grad
         _read_node(reading, node, SEMANTICS, stopped=ever and not grad)
     return reading
 

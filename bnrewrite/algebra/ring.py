@@ -129,10 +129,16 @@ class Ring(Arithmetic):
 
     def stop(self, polynomial: Polynomial) -> Polynomial:
         """The same value with no gradient (``detach``)."""
+        return self._stopped(polynomial, stopped=True)
 
+    def attached(self, polynomial: Polynomial) -> Polynomial:
+        """The same value with the gradient of everything inside."""
+        return self._stopped(polynomial, stopped=False)
+
+    def _stopped(self, polynomial: Polynomial, *, stopped: bool) -> Polynomial:
         def leaf(base: Base) -> Polynomial | None:
             if isinstance(base, Atom):
-                return self.atom(base.source, base.index, stopped=True, moments=base.moments)
+                return self.atom(base.source, base.index, stopped=stopped, moments=base.moments)
             return None
 
         return self.transform(polynomial, leaf)

@@ -11,7 +11,6 @@ from .axes import Axis, Dims, axes_of
 from .calls import is_tensor, shape_of
 from .expression import (
     Atom,
-    Base,
     Exponent,
     Function,
     Monomial,
@@ -48,7 +47,6 @@ class Linear:
         dims: the axes of the node's dimensions.
         scale, shift: free of the source outside reductions.
         detached: no gradient flows through the whole value.
-        before_rounding: the node is a cast that rounds this value.
     """
 
     node: fx.Node
@@ -86,16 +84,9 @@ def linear_forms(reading: Reading, node: fx.Node) -> list[Linear]:
 
 def _attached(ring: Ring, value: Polynomial) -> tuple[Polynomial, bool]:
     """A value of which every part is detached, as an attached value; else the value itself."""
-    states = _stops(ring, value)
-    if states != {True}:
+    if _stops(ring, value) != {True}:
         return value, False
-
-    def leaf(base: Base) -> Polynomial | None:
-        if isinstance(base, Atom):
-            return ring.atom(base.source, base.index, moments=base.moments)
-        return None
-
-    return ring.transform(value, leaf), True
+    return ring.attached(value), True
 
 
 def _stops(ring: Ring, value: Polynomial) -> set[bool]:
