@@ -109,9 +109,9 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
     state = BatchState(_updates(rewriting, found, statistics))
     try:
         if decision.lowering == "native":
-            writing = Writing(
-                rewriting.reading, found, statistics.known, statistics.sizes, layout_of(found)
-            )
+            reading = rewriting.reading
+            layout = layout_of(reading, found)
+            writing = Writing(reading, found, statistics.known, statistics.sizes, layout)
             replacement = write_native(writing, state)
         else:
             replacement = _composite(rewriting, found, statistics, state)

@@ -21,14 +21,18 @@ from bnrewrite.algebra.axes import Dims, axes_of, product
 from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import ONE, Polynomial
 from bnrewrite.algebra.match import Match
+from bnrewrite.algebra.meaning import Reading
 
 from .emitter import Value, aten
+from .frozen import frozen_layout, write_frozen
 from .state import BatchState
 from .writing import Writing, flat
 
 
-def has_native(found: Match) -> bool:
+def has_native(reading: Reading, found: Match) -> bool:
     """Whether a site has a native op in a layout that needs no copy."""
+    if found.kind == "affine":
+        return frozen_layout(reading, found) is not None
     return found.kind in _WRITERS and found.root_eps is not None and _layout(found) is not None
 
 
@@ -91,9 +95,9 @@ def _trailing_layout(index: Dims, over: frozenset[Any], *, permute: bool) -> Dim
     return (*(d for d in split if not set(d) & over), *reduced) if permute else None
 
 
-def layout_of(found: Match) -> Dims:
+def layout_of(reading: Reading, found: Match) -> Dims:
     """The layout of a site that ``has_native``."""
-    layout = _layout(found)
+    layout = frozen_layout(reading, found) if found.kind == "affine" else _layout(found)
     assert layout is not None, "has_native was not asked"
     return layout
 
@@ -183,6 +187,10 @@ def _rms(writing: Writing, state: BatchState) -> fx.Node:
     return writing.finish(_after(writing, y, ONE if inside else found.weight))
 
 
+def _affine(writing: Writing, state: BatchState) -> fx.Node:
+    return write_frozen(writing)
+
+
 def _after(writing: Writing, y: fx.Node, weight: Polynomial) -> Value:
     """An affine along axes that the native op's own does not have."""
     emitter = writing.emitter
@@ -191,6 +199,6 @@ def _after(writing: Writing, y: fx.Node, weight: Polynomial) -> Value:
 
 
 _WRITERS: dict[str, Callable[[Writing, BatchState], fx.Node]] = {
-    "batch_norm": _batch, "group_norm": _group, "instance_norm": _group,
+    "affine": _affine, "batch_norm": _batch, "group_norm": _group, "instance_norm": _group,
     "layer_norm": _layer, "weight_standardization": _layer, "rms_norm": _rms,
 }  # fmt: skip

@@ -40,7 +40,8 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
         return f"site {number} ({kind}) is not in only={sorted(map(str, options.only))}"
     if 0 in shape_of(decision.match.linear.source):
         return "the tensor is empty"
-    if options.kernels == "native" and not has_native(decision.match):
+    assert rewriting.reading is not None
+    if options.kernels == "native" and not has_native(rewriting.reading, decision.match):
         return f'kernels="native" leaves a {kind} that PyTorch has no operator for'
     if options.strict and decision.notes:
         return f"strict=True leaves a site whose replacement is {decision.notes[0]}"
@@ -49,7 +50,8 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
 
 def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     options = rewriting.options
-    native = has_native(decision.match) and options.kernels != "composite"
+    assert rewriting.reading is not None
+    native = has_native(rewriting.reading, decision.match) and options.kernels != "composite"
     if options.stage == "inductor" and options.kernels == "auto":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
     return "native" if native else "composite"

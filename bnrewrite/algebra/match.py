@@ -29,6 +29,7 @@ from .expression import (
     rounded,
     scaled,
 )
+from .frozen import frozen
 from .meaning import Reading
 from .ring import Ring
 from .signs import positive
@@ -154,8 +155,11 @@ def _general(ring: Ring, linear: Linear, over: frozenset[Axis], reason: str) -> 
 
 def affine(ring: Ring, linear: Linear) -> Match:
     """A site whose statistics are stored: nothing of x is reduced."""
-    moments = Moments(ONE, ONE)
-    return Match(linear, "affine", frozenset(), moments, (), linear.scale, linear.shift, False)
+    moments, parts = Moments(ONE, ONE), frozen(ring, linear)
+    eps = None if parts is None else float(parts.eps) or None
+    return Match(
+        linear, "affine", frozenset(), moments, (), linear.scale, linear.shift, False, eps=eps
+    )
 
 
 def _named_centred(reading: Reading, base: Match, found: Denominator) -> Match:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.lifetime import may_alias
+from bnrewrite.kernels.frozen import frozen_batch_norm
 
 aten = torch.ops.aten
 
@@ -31,6 +32,7 @@ _KEEP_INPUTS = frozenset(
         aten.layer_norm.default,
         aten.mul.Tensor,
         aten.sub.Tensor,
+        frozen_batch_norm,
     }
 )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import fx
+
+from bnrewrite.kernels.frozen import frozen_batch_norm
 
 _DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
 
@@ -59,6 +62,8 @@ def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
 
 def may_alias(node: fx.Node) -> bool:
     """Whether a node's value may share the memory of its input."""
+    if node.target is frozen_batch_norm:
+        return False
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
         return True  # a method or function of a graph that is not canonical
@@ -67,5 +72,6 @@ def may_alias(node: fx.Node) -> bool:
 
 def _has_schema(node: fx.Node) -> bool:
     """Whether a node is one of those that a canonical graph is made of."""
-    known = node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload)
-    return known or node.target is torch._C._set_grad_enabled or node.target.__name__ == "getitem"  # type: ignore[union-attr]
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return node.target in (frozen_batch_norm, torch._C._set_grad_enabled, operator.getitem)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.autocast import DEVICES, autocast_off
+from bnrewrite.capture.bindings import call_by_bindings
 from bnrewrite.options import Stage
 
 Run = Callable[..., Any]
@@ -40,6 +41,7 @@ def run_by(
         mode: Inductor's, as in `torch.compile`.
     """
     if backend == "eager":
+        call_by_bindings(module)
         return module.forward
     if backend == "inductor":
         from torch._inductor.compile_fx import compile_fx

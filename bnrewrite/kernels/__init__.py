@@ -1,0 +1,1 @@
+"""What replaced norms run on where no single native operator is right for every value."""

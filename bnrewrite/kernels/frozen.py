@@ -1,0 +1,77 @@
+"""A norm with stored statistics: ``y = (x - mean) (variance + eps)^(-1/2) weight + bias``.
+
+``batch_norm`` computes it in one pass as ``x a + b``, which is exact to an ulp of ``x a``: digits
+that ``x - mean`` keeps are lost where the mean is many standard deviations large. The stored
+statistics say whether it is; they are looked at again when they have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# |mean| / sqrt(variance + eps) up to which ``x a + b`` is as good as three roundings more.
+LARGEST_MEAN = 8.0
+
+_Verdict = tuple[int, int, int, float, bool]
+_verdicts: MutableMapping[Tensor, _Verdict] = WeakIdKeyDictionary()
+
+
+def frozen_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> Tensor:
+    """Normalise by stored statistics, in one pass where that loses no digits.
+
+    Args:
+        x: of shape (N, C, ...).
+        weight: of shape (C,), or None for 1.
+        bias: of shape (C,), or None for 0.
+        mean: of C elements; no gradient flows to it.
+        variance: of C elements; no gradient flows to it.
+        eps: added to the variance.
+    """
+    small = is_small(mean, variance, eps)
+    if mean.dim() != 1 or variance.dim() != 1:
+        mean, variance = mean.reshape(-1), variance.reshape(-1)
+    if small:
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, True)
+    shape = (-1,) + (1,) * (x.dim() - 2)
+    scale = torch.rsqrt(variance + eps)
+    scale = (scale if weight is None else scale * weight).view(shape)
+    centred = x - mean.view(shape)
+    return centred * scale if bias is None else torch.addcmul(bias.view(shape), centred, scale)
+
+
+def is_small(mean: Tensor, variance: Tensor, eps: float) -> bool:
+    """Whether no mean is larger than ``LARGEST_MEAN`` standard deviations.
+
+    NaN and infinite statistics are not small, nor are those without values, that are traced.
+    """
+    if isinstance(mean, FakeTensor | FunctionalTensor):
+        return False
+    known = _verdicts.get(mean)
+    try:
+        state = (mean._version, id(variance), variance._version, eps)
+    except RuntimeError:  # made in inference mode: it has no version
+        return _is_small(mean, variance, eps)
+    if known is not None and known[:4] == state:
+        return known[4]
+    small = _is_small(mean, variance, eps)
+    _verdicts[mean] = (*state, small)
+    return small
+
+
+@torch.no_grad()
+def _is_small(mean: Tensor, variance: Tensor, eps: float) -> bool:
+    ratio = mean.abs() * torch.rsqrt(variance + eps)
+    return not mean.numel() or bool(ratio.amax() <= LARGEST_MEAN)
