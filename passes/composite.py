@@ -12,11 +12,14 @@ from typing import TypeGuard
 from torch import fx
 
 from bnrewrite.algebra import centre
-from bnrewrite.algebra.calls import is_tensor
+from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import ZERO, Polynomial, added, scaled
 
+from .costs import has_fast_norm
 from .emitter import Unwritable, Value, aten
 from .writing import Writing
+
+MAKE_NEW = (aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
 
 def write_composite(writing: Writing) -> fx.Node:
@@ -27,7 +30,8 @@ def write_composite(writing: Writing) -> fx.Node:
     """
     found, ring = writing.match, writing.reading.ring
     linear = found.linear
-    if found.kind == "lp_normalize":
+    measured = writing.in_place and has_fast_norm(writing.reading, found)
+    if found.kind == "lp_normalize" or measured:
         writing.measure()
     divided = _divided(writing)
     if divided is not None:
@@ -94,10 +98,25 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
             return emitter.plus(emitter.over(x, divisor), emitter.tensor(shift))
     factor, offset = emitter.tensor(scale), emitter.tensor(shift)
     if not (_is_tensor(x) and _is_tensor(factor) and _is_tensor(offset)):
-        return emitter.plus(emitter.times(x, factor), offset)
-    if writing.in_place and _repeats_inside(x, factor):
-        return emitter.call(aten.add_.Tensor, emitter.call(aten.mul.Tensor, x, factor), offset)
+        return emitter.plus(_product(writing, x, factor), offset)
+    if writing.in_place and (_repeats_inside(x, factor) or _is_own(writing, x, factor)):
+        return emitter.call(aten.add_.Tensor, _product(writing, x, factor), offset)
     return emitter.call(aten.addcmul.default, offset, x, factor)
+
+
+def _product(writing: Writing, x: Value, factor: Value) -> Value:
+    if writing.in_place and _is_tensor(factor) and _is_own(writing, x, factor):
+        return writing.emitter.call(aten.mul_.Tensor, x, factor)
+    return writing.emitter.times(x, factor)
+
+
+def _is_own(writing: Writing, x: Value, factor: fx.Node) -> bool:
+    """Whether x is a tensor that the lowering made itself and that no backward needs."""
+    if not _is_tensor(x) or x is writing.input() or x.target not in MAKE_NEW or x.users:
+        return False
+    if dtype_of(factor) != dtype_of(x):
+        return False
+    return not writing.reading.ring.differentiable(writing.match.node)
 
 
 def _is_tensor(value: Value) -> TypeGuard[fx.Node]:

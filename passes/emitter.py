@@ -41,6 +41,8 @@ from bnrewrite.algebra.site import Moments
 aten = torch.ops.aten
 Value = fx.Node | float | int
 Reusable = dict[Any, tuple[fx.Node, Dims, Number, bool]]
+# (node, factor, power): a base is ``(factor * node) ** power``
+Unit = tuple[Callable[[], fx.Node], float, int]
 
 
 # Their eps and momentum are floats at run time; a symbolic one has no fake value to run with.
@@ -84,7 +86,7 @@ class Emitter:
         self.layout = layout
         self.given: dict[int, Callable[[], Value]] = {}
         self.variances: list[tuple[Moments, Callable[[], Value]]] = []
-        self.units: dict[int, tuple[Callable[[], fx.Node], Number]] = {}
+        self.units: dict[int, Unit] = {}
         self.reusable: Reusable = {}
         self._written: dict[Any, Value] = {}
         self._symbols: dict[sympy.Expr, Value] = {}
@@ -263,7 +265,8 @@ class Emitter:
             if known is not None:
                 result, monomial = known, tuple(i for i in monomial if i not in statistics)
         for base_id, exponent in sorted(monomial, key=lambda item: item[1] < 0):
-            node, factor = self._measured(self.ring.bases[base_id])
+            node, factor, power = self._measured(self.ring.bases[base_id])
+            exponent *= power
             if factor != 1:
                 coefficient = float(coefficient) * float(factor) ** float(exponent)
             if exponent == -1:
@@ -272,17 +275,18 @@ class Emitter:
                 result = self.times(result, self.power(node, exponent))
         return self.times(result, coefficient)
 
-    def _measured(self, base: Base) -> tuple[Value, Number]:
-        """A node and the number by which the base is a multiple of it."""
+    def _measured(self, base: Base) -> tuple[Value, Number, int]:
+        """A node, a number and a power: the base is ``(number * node) ** power``."""
         if base.id in self.units:
-            node, factor = self.units[base.id]
-            return node(), factor
+            node, factor, power = self.units[base.id]
+            return node(), factor, power
         if isinstance(base, Sum):
             for monomial in base.polynomial.terms:
                 if len(monomial) == 1 and monomial[0][1] == 1 and monomial[0][0] in self.units:
-                    _, factor = self.units[monomial[0][0]]
-                    return self.tensor(scaled(base.polynomial, inverse(factor))), factor
-        return self.base(base), 1
+                    _, factor, power = self.units[monomial[0][0]]
+                    whole = factor**power
+                    return self.tensor(scaled(base.polynomial, inverse(whole))), whole, 1
+        return self.base(base), 1, 1
 
     def power(self, node: Value, exponent: Exponent) -> Value:
         """Node ** exponent by the cheapest operation."""

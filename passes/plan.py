@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bnrewrite.algebra.calls import shape_of
 
+from .costs import has_fast_norm
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 
@@ -24,6 +25,8 @@ class Plan:
     def run(self, rewriting: Rewriting) -> None:
         """Fill in lowerings and refusals."""
         for number, decision in enumerate(rewriting.decisions):
+            if decision.refusal is not None:
+                continue
             reason = _switched_off(rewriting, decision, number)
             if reason is not None:
                 decision.refusal = Refusal(reason, decision.match.node)
@@ -49,9 +52,11 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
 
 
 def _lowering(rewriting: Rewriting, decision: Decision) -> str:
-    options = rewriting.options
-    assert rewriting.reading is not None
-    native = has_native(rewriting.reading, decision.match) and options.kernels != "composite"
-    if options.stage == "inductor" and options.kernels == "auto":
+    options, reading, found = rewriting.options, rewriting.reading, decision.match
+    assert reading is not None
+    native = has_native(reading, found) and options.kernels != "composite"
+    if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
+    if options.kernels == "auto" and found.kind == "rms_norm" and has_fast_norm(reading, found):
+        native = False  # it is no operation of its own on a CPU
     return "native" if native else "composite"

@@ -14,7 +14,7 @@ from torch import fx
 
 from bnrewrite.algebra import Match, Reading, chain, find, read, remarks
 
-from .rewriting import Decision, Rewriting
+from .rewriting import Decision, Refusal, Rewriting
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,17 @@ class Recognise:
         reading = read(rewriting.graph, grad_enabled=rewriting.canonical.grad_enabled)
         rewriting.reading = reading
         rewriting.decisions = [
-            Decision(found, notes=remarks(reading, found))
+            _decision(reading, found)
             for found in find(reading, rewriting.graph)
             if not is_native(reading, found)
         ]
+
+
+def _decision(reading: Reading, found: Match) -> Decision:
+    """A site as it is found; what only looks like a norm is refused at once."""
+    if found.left:
+        return Decision(found, refusal=Refusal(str(found.reason), found.node))
+    return Decision(found, notes=remarks(reading, found))
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading
-from bnrewrite.algebra.anchors import CASTS
 from bnrewrite.algebra.axes import Dims, Size, axes_of, product, size_of
-from bnrewrite.algebra.calls import arguments_of, dtype_of, is_tensor, name_of
+from bnrewrite.algebra.calls import CASTS, arguments_of, dtype_of, is_tensor, name_of
 from bnrewrite.algebra.expression import Polynomial
 from bnrewrite.algebra.site import Moments
 
-from .emitter import Emitter, Reusable, Unwritable, Value, aten, current, split_layout
+from .costs import has_fast_norm, may_choose_norm
+from .emitter import Emitter, Reusable, Unit, Unwritable, Value, aten, current, split_layout
 
 
 class Writing:
@@ -69,14 +69,27 @@ class Writing:
         x = ring.atom(found.linear.source, found.linear.index)
         magnitude = ring.absolute(x)
         n = float(count)
-        units: list[tuple[Polynomial, Callable[[], fx.Node], float]] = [
-            (ring.root(found.moments.square), lambda: self._norm(2), n**-0.5),
-            (found.moments.square, self._squares, 1 / n),
-            (ring.mean(magnitude, found.over), lambda: self._norm(1), 1 / n),
-            (ring.maximum_over(magnitude, found.over), lambda: self._norm(math.inf), 1.0),
+        root, square = (self._norm_of(2), n**-0.5, 1), (self._squares, 1 / n, 1)
+        if self.in_place and has_fast_norm(self.reading, found):
+            square = (self._norm_of(2), n**-0.5, 2)
+        elif self.in_place and may_choose_norm(self.reading, found):
+            root = (self._root_of_squares, n**-0.5, 1)
+        units: list[tuple[Polynomial, Unit]] = [
+            (ring.root(found.moments.square), root),
+            (found.moments.square, square),
+            (ring.mean(magnitude, found.over), (self._norm_of(1), 1 / n, 1)),
+            (ring.maximum_over(magnitude, found.over), (self._norm_of(math.inf), 1.0, 1)),
         ]
-        for value, write, factor in units:
-            self.emitter.units[value.bases().pop()] = (write, factor)
+        for value, unit in units:
+            self.emitter.units[value.bases().pop()] = unit
+
+    def _norm_of(self, order: float) -> Callable[[], fx.Node]:
+        return lambda: self._norm(order)
+
+    def _root_of_squares(self) -> fx.Node:
+        if "root" not in self._written:
+            self._written["root"] = self.emitter.call(aten.sqrt.default, self._squares())
+        return self._written["root"]
 
     def _norm(self, order: float) -> fx.Node:
         key = f"norm {order}"
@@ -156,13 +169,19 @@ class Writing:
         if value.constant == neutral:
             return None
         shape: list[Size] = [product(a.size for a in dim) for dim in dims]
-        emitter = self.along(dims)
+        runs = self.reading.ring.axes(value)
+        cut = any(set(dim) & runs and not set(dim) <= runs for dim in dims)
+        emitter = self.along(tuple((axis,) for axis in axes_of(dims)) if cut else dims)
         written = emitter.tensor(value)
         extents = [emitter.extent(s) for s in shape]
         if not isinstance(written, fx.Node) or not is_tensor(written):
             device = self.match.linear.source.meta["val"].device
             return emitter.call(aten.full.default, extents, written, dtype=dtype, device=device)
-        if [size_of(s) for s in written.meta["val"].shape] != shape:
+        if cut:  # one entry per group: repeated for each of its channels
+            sizes = [emitter.extent(axis.size) for axis in axes_of(dims)]
+            expanded = emitter.call(aten.expand.default, written, sizes)
+            written = emitter.reshape(expanded, shape)
+        elif [size_of(s) for s in written.meta["val"].shape] != shape:
             written = emitter.call(aten.expand.default, written, extents)
         written = self.cast(written, dtype)
         if not written.meta["val"].is_contiguous():  # native backwards read weights as dense

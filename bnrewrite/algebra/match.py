@@ -8,14 +8,13 @@ from fractions import Fraction
 
 from torch import fx
 
-from .axes import Axis
+from .axes import Axis, Dims
 from .calls import is_tensor
-from .catalogue import Roles, name_centred
+from .catalogue import Norm, Roles, name_centred
 from .expression import (
     MAXIMA,
     ONE,
     ZERO,
-    Exponent,
     Extent,
     Function,
     Monomial,
@@ -26,7 +25,6 @@ from .expression import (
     added,
     exact,
     factor_of,
-    rounded,
     scaled,
 )
 from .frozen import frozen
@@ -60,6 +58,7 @@ class Match:
         masked: the root is ``norm``'s, with gradient zero at zero.
         order: p of an Lp norm.
         reason: why the formula has no name (kind "general").
+        left: it only looks like a norm, and stays the user's code for that reason.
     """
 
     linear: Linear
@@ -76,6 +75,7 @@ class Match:
     masked: bool = False
     order: float | None = None
     reason: str | None = None
+    left: bool = False
 
     @property
     def node(self) -> fx.Node:
@@ -153,6 +153,11 @@ def _general(ring: Ring, linear: Linear, over: frozenset[Axis], reason: str) -> 
     )
 
 
+def lookalike(ring: Ring, linear: Linear, reason: str) -> Match:
+    """A formula that is none of the tensor that it centres."""
+    return replace(_general(ring, linear, frozenset(), reason), left=True)
+
+
 def affine(ring: Ring, linear: Linear) -> Match:
     """A site whose statistics are stored: nothing of x is reduced."""
     moments, parts = Moments(ONE, ONE), frozen(ring, linear)
@@ -165,36 +170,31 @@ def affine(ring: Ring, linear: Linear) -> Match:
 def _named_centred(reading: Reading, base: Match, found: Denominator) -> Match:
     ring = reading.ring
     if found.outside is not None or found.inside is None or found.masked:
-        outside = found.outside and _user_eps(ring, base, found.outside, -1)
-        return replace(base, reason="eps is added after the root", eps=outside)
-    roles = roles_of(reading, base)
+        return replace(base, reason="eps is added after the root", eps=found.outside)
     inside = found.inside.constant
-    eps = None if inside is None else _user_eps(ring, base, float(inside), Fraction(-1, 2))
-    norm = name_centred(roles)
+    eps = None if inside is None else float(inside)
+    norm = _named(reading, base)
     allowed = _affine_axes(base, norm.kind if norm else "")
     affine = ring.axes(base.weight) | ring.axes(base.bias)
     if norm is None or not affine <= allowed:
         return replace(base, reason="its affine runs along axes that no named norm has", eps=eps)
-    weight = ring.multiply(base.weight, found.factor)
-    return replace(base, kind=norm.kind, eps=eps, root_eps=found.inside, weight=weight)
+    base = _moved(ring, base, found)
+    return replace(base, kind=norm.kind, eps=eps, root_eps=found.inside)
 
 
-def _user_eps(ring: Ring, base: Match, eps: float, exponent: Exponent) -> float:
-    """Eps in the unit of the user's statistic.
-
-    ``(a S + e)^p = a^p (S + e / a)^p``: the number a^p has moved to the weight. Only an ``a`` that
-    a statistic has (a count, Bessel's correction, their roots) is moved back.
-    """
-    factor = _number_factor(base.weight)
-    count = ring.count(base.over).constant
-    if factor is None or factor <= 0 or count is None:
-        return eps
-    unit, n = factor ** (1 / float(exponent)), float(count)
-    bessel = n / (n - 1) if n > 1 else 1.0
-    known = (n, math.sqrt(n), bessel, math.sqrt(bessel))
-    if any(math.isclose(unit, k, rel_tol=1e-9) for k in known):
-        eps *= unit
-    return float(f"{eps:.10g}")
+def _moved(ring: Ring, base: Match, found: Denominator) -> Match:
+    """The same scale as ``(V + e / a)^(-1/2)`` and a weight with the factor a^(-1/2)."""
+    if found.factor == ONE:
+        return base
+    assert found.inside is not None
+    moment = base.moments.variance(ring) if found.variance else base.moments.square
+    ((part, _),) = ring.power(added(moment, found.inside), Fraction(-1, 2)).terms.items()
+    return replace(
+        base,
+        part=part,
+        weight=ring.multiply(base.weight, found.factor),
+        inner=ring.divide(base.inner, found.factor),
+    )
 
 
 def _affine_axes(base: Match, kind: str) -> frozenset[Axis]:
@@ -212,29 +212,22 @@ def _affine_axes(base: Match, kind: str) -> frozenset[Axis]:
 
 
 def _named_uncentred(ring: Ring, base: Match, found: Denominator) -> Match:
-    exponent: Exponent = Fraction(-1, 2) if found.inside is not None else -1
     lp = found.order != 2 or _clamped(ring, base) or _is_over_sum(ring, base, found)
-    if found.inside is not None:
-        inside = found.inside.constant
-        eps = None if inside is None else _user_eps(ring, base, float(inside), exponent)
-    else:
-        eps = (
-            found.outside if _clamped(ring, base) else _user_eps(ring, base, found.outside or 0, -1)
-        )
+    eps = found.outside
+    if found.inside is not None and found.inside.constant is not None:
+        eps = float(found.inside.constant)
     root = found.inside if found.order == 2 and not found.masked else None
     everything = base.linear.axes
     if not (ring.axes(base.weight) < everything and ring.axes(base.bias) < everything):
         return replace(base, reason="its affine is as large as the tensor", eps=eps)
     kind = "lp_normalize" if lp else "rms_norm"
-    weight = base.weight
     if root is not None:
-        weight = ring.multiply(weight, found.factor)
+        base = _moved(ring, base, found)
     return replace(
         base,
         kind=kind,
         eps=eps,
         root_eps=root,
-        weight=weight,
         masked=found.masked,
         order=found.order,
     )
@@ -255,12 +248,6 @@ def _is_over_sum(ring: Ring, base: Match, found: Denominator) -> bool:
 def _clamped(ring: Ring, base: Match) -> bool:
     first = ring.bases[base.part[0][0]]
     return isinstance(first, Function) and first.name in MAXIMA
-
-
-def _number_factor(weight: Polynomial) -> float | None:
-    """The number that multiplies every term of a weight, where it is one number."""
-    coefficients = {rounded(c) for c in weight.terms.values()}
-    return coefficients.pop() if len(coefficients) == 1 else None
 
 
 def denominator(
@@ -378,11 +365,21 @@ def _clamp(
     return _outside(_norm(ring, linear, other, moments, over), float(limit))
 
 
-def roles_of(reading: Reading, base: Match) -> Roles:
-    """What happens to each dimension of the normalised tensor."""
+def _named(reading: Reading, base: Match) -> Norm | None:
+    """The name of a centred norm: ``batch_norm(x.t())`` is one of the transposed tensor."""
+    linear = base.linear
+    norm = name_centred(roles_of(reading, base, linear.index))
+    if norm and norm.kind == "layer_norm" and set(linear.index) == set(linear.dims):
+        seen = name_centred(roles_of(reading, base, linear.dims))
+        return seen if seen and seen.kind == "batch_norm" else norm
+    return norm
+
+
+def roles_of(reading: Reading, base: Match, index: Dims) -> Roles:
+    """What happens to each dimension of the normalised tensor, in the order of ``index``."""
     kept, reduced, mixed, affine = set(), set(), set(), set()
     runs = reading.ring.axes(base.weight) | reading.ring.axes(base.bias)
-    for i, dim in enumerate(base.linear.index):
+    for i, dim in enumerate(index):
         inside = set(dim) & base.over
         if inside and inside != set(dim):
             mixed.add(i)
@@ -394,23 +391,5 @@ def roles_of(reading: Reading, base: Match) -> Roles:
             affine.add(i)
     return Roles(
         frozenset(kept), frozenset(reduced), frozenset(mixed), frozenset(affine),
-        len(base.linear.index), is_parameter(base.linear.source),
+        len(index), reading.is_parameter(base.linear.source),
     )  # fmt: skip
-
-
-def is_parameter(node: fx.Node) -> bool:
-    """Whether a tensor is computed from parameters alone."""
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            if not current.meta.get("parameter"):
-                return False
-        elif len(seen) > 64:
-            return False
-        todo += current.all_input_nodes
-    return True

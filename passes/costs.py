@@ -1,0 +1,81 @@
+"""What measurement says of lowerings: which of two equal ones is the faster, where and why.
+
+Measured on a CPU with one thread, float32, without gradients (milliseconds):
+
+    8x512x768 over the last axis      ``vector_norm`` 0.34, x*x and ``sum`` 0.74
+    32x64x56x56 over the channels     ``vector_norm`` 0.85 in channels_last, 14.7 in NCHW;
+                                      x*x and ``sum`` 1.7
+    RMS norm of 8x512x768             ``rms_norm`` 1.86, by ``vector_norm`` 1.09
+             of 4x128x256                          0.042                   0.036
+             of 2x8x64                             0.008                   0.011
+
+``vector_norm`` adds up one number after the other. Its relative error is 1.5 times that of ``sum``
+at 4,096 numbers, 100 times at a million.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from bnrewrite.algebra import Match, Reading
+from bnrewrite.algebra.axes import Axis, Dims
+
+from .emitter import current
+
+LONGEST_NORM = 4096
+SMALLEST_RMS = 16384  # elements; below, the number of operations counts
+
+
+def may_choose_norm(reading: Reading, found: Match) -> bool:
+    """Whether a root of a sum of squares and ``vector_norm`` are the same to the user here.
+
+    Their gradients differ at zero, and their errors where they are long.
+    """
+    count = reading.ring.count(found.over).constant
+    x = found.linear.source.meta["val"]
+    return (
+        not reading.ring.differentiable(found.linear.source)
+        and count is not None
+        and 1 < count <= LONGEST_NORM
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+    )
+
+
+def has_fast_norm(reading: Reading, found: Match) -> bool:
+    """Whether ``vector_norm`` beats a sum of squares: it reads memory in order."""
+    if found.kind not in ("lp_normalize", "rms_norm") or not may_choose_norm(reading, found):
+        return False
+    if found.kind == "rms_norm" and _elements(found.linear.source) < SMALLEST_RMS:
+        return False
+    return _is_dense(found.linear.source, found.linear.index, found.over)
+
+
+def _is_dense(source: fx.Node, index: Dims, over: frozenset[Axis]) -> bool:
+    """Whether the reduced elements lie next to each other in memory."""
+    value = current(source).meta["val"]
+    inside = [[axis in over for axis in dim] for dim in index]
+    if any(cut != sorted(cut) for cut in inside):
+        return False
+    sizes = [
+        (stride, math.prod(a.size for a in dim if a in over))
+        for stride, dim in zip(value.stride(), index, strict=True)
+        if set(dim) & over
+    ]
+    if any(not isinstance(n, int) or not isinstance(stride, int) for stride, n in sizes):
+        return False
+    expected = 1
+    for stride, size in sorted(sizes):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _elements(source: fx.Node) -> int:
+    """How many elements a tensor has, by the example where its sizes are symbols."""
+    sizes = source.meta["val"].shape
+    return math.prod(s if isinstance(s, int) else int(s.node.hint or 1) for s in sizes)
