@@ -12,7 +12,7 @@ from torch import fx
 
 from bnrewrite.algebra import Match, Reading, centre
 from bnrewrite.algebra.axes import Axis, Dims, axes_of
-from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.calls import dtype_of, shape_of
 from bnrewrite.algebra.expression import Atom, Polynomial
 from bnrewrite.algebra.frozen import frozen
 from bnrewrite.algebra.site import Linear
@@ -72,7 +72,8 @@ def _statistic(writing: Writing, atom: Atom, channels: Dims, *, as_stored: bool)
     node = atom.source
     assert isinstance(node, fx.Node)
     same = axes_of(atom.index) == axes_of(channels) and dtype_of(node) == writing.dtype
-    if as_stored and same and node.meta["val"].is_contiguous():
+    expanded = any(not d and s != 1 for d, s in zip(atom.index, shape_of(node), strict=True))
+    if as_stored and same and not expanded and node.meta["val"].is_contiguous():
         return node
     value = Polynomial({((atom.id, 1),): 1})
     vector: fx.Node = writing.vector(value, channels, 2, writing.dtype)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hand_written import BatchNorm, Net, RowNorm
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 
 import bnrewrite
 from bnrewrite.capture import Canonical, Input, capture
@@ -264,28 +263,6 @@ def test_nothing_is_rewritten_where_nothing_was_found(monkeypatch: pytest.Monkey
     looks = looks_of(monkeypatch)
     bnrewrite.optimize(nn.Sequential(nn.Linear(4, 4), nn.GELU()), backend="eager")(torch.ones(1, 4))
     assert seen == [looks[0].graph]  # the user's graph, in the user's operations
-
-
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(8, 8), RowNorm(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = checkpoint(self.inner, x, use_reentrant=False)
-        assert isinstance(y, Tensor)
-        return y * 2
-
-    def inner(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x))
-
-
-def test_activation_checkpointing_is_left_and_said() -> None:
-    model = bnrewrite.optimize(Checkpointed(), backend="eager")
-    assert "does not go through tag_activation_checkpoint" in one_warning(model, torch.ones(2, 8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bnrewrite.BnrewriteWarning)
-        same_training(Checkpointed(), [torch.randn(4, 8) for _ in range(2)])
 
 
 def one_warning(model: nn.Module, *calls: Any) -> str:

@@ -54,7 +54,29 @@ STEPS: dict[str, Step] = {
     "negative variance": lambda x, w: x - (x.mean(0) ** 2 - (x * x).mean(0)),
     "exp of a log": lambda x, w: x * torch.exp(-0.5 * torch.log(x.var(0) + 0.5)),
     "stacked": lambda x, w: x.repeat(1, 1, 1) * w.repeat(4, 1),
+    "packed and split": lambda x, w: x * torch.split(packed(x), 4)[1]
+    - torch.split(packed(x), 4)[0],
+    "packed, computed with, and sliced": lambda x, w: x + (packed(x) * packed(x) / 3 + 1)[4:],
+    "packed beside its own channels": lambda x, w: x
+    - (x.mean((0, 1))[:, None] * packed(x))[:, 4:],
+    "packed twice over": lambda x, w: x * torch.cat([packed(x), packed(x) + 1])[4:8],
+    "packed in rows and turned": lambda x, w: x
+    - torch.stack([x.mean((0, 1)), x.square().mean((0, 1))]).t().unsqueeze(0)[..., 1],
+    "packed, a part of a part": lambda x, w: x - packed(x)[2:6],
+    "interleaved": lambda x, w: x - x.view(4, 4, 2, 2).mean(-1).repeat_interleave(2, -1),
+    "tiled": lambda x, w: x - x.view(4, 4, 2, 2).mean(-1).tile(2),
+    "interleaved rows": lambda x, w: x
+    * x.view(2, 2, 4, 4).mean(1).repeat_interleave(2, 0),
+    "slices": lambda x, w: torch.cat([x[..., :2] / (1 + x[..., :2] ** 2), x[..., 2:]], -1),
+    "a cube and its moment": lambda x, w: x**3 / (1 + (x**3).square().mean(-1, keepdim=True)),
+    "a power that has a root": lambda x, w: (x**2) * (x**2).norm(dim=-1, keepdim=True),
+    "smaller of two": lambda x, w: x * x.var(0).clamp(min=0).clamp(min=-1).clamp(max=2),
 }  # fmt: skip
+
+
+def packed(x: Tensor) -> Tensor:
+    """E[x] and E[x^2] of the last axis, one after the other."""
+    return torch.cat([x.mean((0, 1)), x.square().mean((0, 1))])
 
 
 class Program(nn.Module):
@@ -92,6 +114,23 @@ def check(names: tuple[str, ...]) -> int:
         assert wrong < 1e-9, f"{names}: {node.format_node()} is off by {wrong:.1e}"
         checked += 1
     return checked
+
+
+def test_a_slice_taken_twice_is_one_tensor_and_noise_is_not() -> None:
+    class Repeats(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                quiet = x[..., :2]
+            noise = [torch.bernoulli(x), torch.bernoulli(x)]
+            return [x[..., :2], torch.split(x, 2, -1)[0], x.narrow(-1, 0, 2), quiet, *noise]
+
+    (canonical,) = capture(Repeats(), torch.rand(3, 4, requires_grad=True))
+    Recognise().run(Rewriting(canonical, Options()))
+    *_, output = canonical.module.graph.nodes
+    reading = read(canonical.module.graph)
+    values = [reading.meanings[node].value for node in output.args[0]]
+    assert values[0] == values[1] == values[2]
+    assert len({value.key for value in values}) == 4
 
 
 @pytest.mark.parametrize("name", STEPS)

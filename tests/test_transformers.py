@@ -18,15 +18,7 @@ pytestmark = pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
 HALVES = ("llama", "gemma", "deberta")
 
 # What is not found yet, and why: these tests fail the day it is.
-MISSED = {
-    "mamba": "associative_scan inside the graph keeps the whole graph from being traced",
-    "falcon_mamba": "associative_scan inside the graph keeps the whole graph from being traced",
-    "mamba2": "the gated norm's tensor is a sum over the state, read as a statistic",
-    "bamba": "the gated norm's tensor is a sum over the state, read as a statistic",
-    "qwen3_next": "an l2 norm followed by a number is named after the root mean square",
-    "recurrent_gemma": "an autograd.Function in the graph keeps the whole graph the user's",
-    "patch_tst": "the site's module is the one that uses the statistics",
-}
+MISSED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize(

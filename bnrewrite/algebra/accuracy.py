@@ -6,11 +6,11 @@ import torch
 from torch import fx
 
 from .calls import arguments_of, dtype_of, is_tensor, name_of
-from .expression import ONE, Monomial, Polynomial, Reduction, scaled
+from .expression import ONE, Monomial, Polynomial, Reduction, added, scaled
 from .match import Match
 from .meaning import Reading
 from .ring import Ring
-from .site import linear_forms
+from .site import Linear, linear_forms
 
 CANCELS = "more accurate than the source: E[x^2] - E[x]^2 cancels there"
 ROUNDS = "more accurate than the source: a statistic is rounded to {dtype} there"
@@ -34,32 +34,46 @@ def remarks(reading: Reading, found: Match) -> list[str]:
 
 def centre(reading: Reading, found: Match) -> Polynomial | None:
     """``c`` where the user's code forms ``x - c`` before it scales, as digits ask for."""
+    ring, linear = reading.ring, found.linear
+    formed: list[Polynomial] = []
     for node in chain(reading, found):
         meaning = reading.meanings.get(node)
         if node is found.node or meaning is None:
             continue
         for form in linear_forms(reading, node):
-            same = form.source is found.linear.source and form.index == found.linear.index
+            same = form.source is linear.source and form.index == linear.index
             if same and form.scale == ONE and form.shift.terms:
-                return scaled(form.shift, -1)
-    return None
+                c = scaled(form.shift, -1)
+                rest = added(linear.shift, ring.multiply(linear.scale, c))
+                if len(rest.terms) < len(linear.shift.terms):
+                    return c
+                formed.append(c)
+    return formed[0] if formed else None
 
 
 def chain(reading: Reading, found: Match) -> list[fx.Node]:
-    """The nodes between a site and its tensor that make the statistics."""
+    """The nodes between a site and its tensor, or what was made of it, that make the statistics."""
+    linear = found.linear
+    key = (found.node, linear.source)
+    if key not in reading.chains:
+        reading.chains[key] = _chain(reading, linear)
+    return reading.chains[key]
+
+
+def _chain(reading: Reading, linear: Linear) -> list[fx.Node]:
+    ring = reading.ring
+    moments = ring.moments(linear.scale) | ring.moments(linear.shift)
+    about = {m for m in moments if linear.source in reading.derived(frozenset((m,)))}
+    about.add(linear.source)
     result: list[fx.Node] = []
-    seen = {found.linear.source}
-    todo = [found.node]
+    seen = {linear.source}
+    todo = [linear.node]
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        meaning = reading.formula(node)
-        if meaning is None or node.op != "call_function":
-            continue
-        sources = reading.ring.moments(meaning.value) | reading.ring.raw(meaning.value)
-        if found.linear.source in sources:
+        if node.op == "call_function" and not about.isdisjoint(reading.sources(node)):
             result.append(node)
             todo += node.all_input_nodes
     return result

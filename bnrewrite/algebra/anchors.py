@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .calls import arguments_of, dtype_of, is_tensor, name_of, narrows
+from .calls import CASTS, arguments_of, dtype_of, is_tensor, name_of, narrows
+from .parts import TAKES_APART
 
 REDUCTIONS = frozenset((
     "mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
@@ -25,7 +26,7 @@ SAME = frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
     "movedim", "unsqueeze", "squeeze", "expand", "expand_as", "contiguous", "clone", "alias",
     "detach", "neg", "abs", "square", "lift_fresh_copy", "view_as", "swapaxes", "moveaxis",
-    "reshape_as", "numpy_T", "mT",
+    "reshape_as", "numpy_T", "mT", "repeat", "repeat_interleave", "tile", "broadcast_to",
 ))  # fmt: skip
 
 MOVES = frozenset((
@@ -33,10 +34,15 @@ MOVES = frozenset((
     "index", "index_select", "masked_fill", "where", "roll", "flip", "constant_pad_nd", "pad",
 ))  # fmt: skip
 
+SQUARES = frozenset((
+    "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "linalg_norm",
+    "frobenius_norm",
+))  # fmt: skip
+
 FORWARD = 48  # how many nodes on a reduction is followed to the tensor that it scales
 STEPS = 24  # how many tensors back a statistic is still about the tensor that it scales
 
-CASTS = frozenset(("to", "_to_copy", "type_as"))
+FOLLOWED = SAME | CASTS | REDUCTIONS | TAKES_APART | {"getitem", "cat", "stack"}
 
 
 def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -50,8 +56,10 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
             continue
         inputs = [n for n in node.all_input_nodes if is_tensor(n) or n in statistic]
         if name_of(node) in REDUCTIONS and not _is_product(node):
-            for operand in _operands(node):
-                base = _base(operand, statistic)
+            operands = _operands(node)
+            degree = 2 if name_of(node) in SQUARES or len(set(operands)) < len(operands) else 1
+            for operand in operands:
+                base = _base(operand, statistic, degree)
                 if base is not None:
                     found.add(base)
             if _scales_more(node):
@@ -87,7 +95,7 @@ def _scales_more(reduction: fx.Node) -> bool:
 def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return pointwise or name_of(node) in SAME | CASTS | REDUCTIONS | {"getitem", "cat"}
+    return pointwise or name_of(node) in FOLLOWED
 
 
 def lineage(source: object) -> frozenset[object]:
@@ -106,6 +114,12 @@ def lineage(source: object) -> frozenset[object]:
     return frozenset(found)
 
 
+def is_power(node: fx.Node, bases: frozenset[fx.Node]) -> bool:
+    """Whether a node is a power of one of these tensors."""
+    inputs = set(node.all_input_nodes)
+    return len(inputs) == 1 and inputs <= bases and name_of(node) in ("pow", "square", "mul")
+
+
 def _is_product(node: fx.Node) -> bool:
     """An einsum that sums over nothing."""
     if name_of(node) != "einsum":
@@ -122,8 +136,12 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [first] if isinstance(first, fx.Node) else []
 
 
-def _base(node: fx.Node, statistic: dict[fx.Node, float]) -> fx.Node | None:
-    """The tensor under a reduction's operand; None where it is itself a statistic."""
+def _base(node: fx.Node, statistic: dict[fx.Node, float], degree: float) -> fx.Node | None:
+    """The tensor under a reduction's operand; None where it is itself a statistic.
+
+    ``degree`` is the power of the node that is reduced. A power of which a square is reduced is a
+    tensor of its own: E[x^6] is a moment of x^3.
+    """
     if node in statistic:
         return None
     if node.op != "call_function":
@@ -133,29 +151,39 @@ def _base(node: fx.Node, statistic: dict[fx.Node, float]) -> fx.Node | None:
     first = arguments.get("self")
     if not isinstance(first, fx.Node):
         return node
-    if name in SAME:
-        return _base(first, statistic)
     if name in CASTS:
-        return node if narrows(dtype_of(first), dtype_of(node)) else _base(first, statistic)
-    if name == "pow" and not isinstance(arguments.get("exponent"), fx.Node):
-        return _base(first, statistic)
+        return node if narrows(dtype_of(first), dtype_of(node)) else _base(first, statistic, degree)
+    if name in ("pow", "square"):
+        exponent = 2 if name == "square" else arguments.get("exponent")
+        if isinstance(exponent, fx.Node) or exponent is None:
+            return node
+        raises = exponent > 1 and degree > 1
+        return node if raises else _base(first, statistic, degree * exponent)
+    if name in SAME:
+        return _base(first, statistic, degree)
     if name in ("add", "sub", "rsub", "mul", "div"):
-        return _base_of_binary(node, name, first, arguments.get("other"), statistic)
+        return _base_of_binary(node, name, first, arguments.get("other"), statistic, degree)
     return node
 
 
 def _base_of_binary(
-    node: fx.Node, name: str, left: fx.Node, right: Any, statistic: dict[fx.Node, float]
+    node: fx.Node,
+    name: str,
+    left: fx.Node,
+    right: Any,
+    statistic: dict[fx.Node, float],
+    degree: float,
 ) -> fx.Node | None:
     if not isinstance(right, fx.Node) or not is_tensor(right):
-        return _base(left, statistic)
-    bases = [_base(n, statistic) for n in (left, right)]
+        return _base(left, statistic, degree)
+    raised = 2 * degree if name == "mul" else degree
+    bases = [_base(n, statistic, raised) for n in (left, right)]
     if name == "mul" and bases[0] is not None and bases[0] is bases[1]:
-        return bases[0]
+        return node if degree > 1 else bases[0]
     if name in ("add", "sub", "rsub"):
         for full, small in ((left, right), (right, left)):
             if small in statistic and full not in statistic:
-                return _base(full, statistic)
+                return _base(full, statistic, degree)
         if bases[0] is not None and bases[0] is bases[1]:
             return bases[0]
     return node

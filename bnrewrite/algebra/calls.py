@@ -17,6 +17,8 @@ _OPERATORS: dict[Callable[..., Any], str] = {
     torch.sym_float: "sym_float",
 }  # fmt: skip
 
+CASTS = frozenset(("to", "_to_copy", "type_as"))
+
 COUNTS = (torch.int64, torch.int32)  # a counter of one element is a number like any other
 
 FLOATING_RANK = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}

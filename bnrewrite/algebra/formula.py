@@ -23,6 +23,7 @@ from .expression import (
 )
 from .match import Match
 from .ring import Ring
+from .stored import is_stored, uncast
 
 _NAMES = "nchwdlkpqrst"
 
@@ -115,8 +116,11 @@ class _Writer:
     def atom(self, base: Atom) -> sympy.Expr:
         if base.source is self.match.linear.source:
             return sympy.Symbol("x")
-        assert isinstance(base.source, fx.Node)
-        path = base.source.meta.get("path") or base.source.name
+        source = base.source
+        assert isinstance(source, fx.Node)
+        if is_stored(source):
+            source = uncast(source)
+        path = source.meta.get("path") or source.name
         return sympy.Symbol(path.rpartition(".")[2])
 
 

@@ -108,4 +108,4 @@ class Interning:
 
 
 def _union(sets: Iterable[frozenset[T]]) -> frozenset[T]:
-    return frozenset(element for one in sets for element in one)
+    return frozenset().union(*sets)

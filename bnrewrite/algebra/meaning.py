@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from .anchors import anchors, lineage
+from .anchors import anchors, is_power, lineage
 from .axes import Axis, Dim, Dims, Opaque, align, axes_of, fresh_dims, size_of, substitute
 from .calls import arguments_of, is_tensor, name_of, shape_of
+from .duplicates import duplicates
 from .expression import Polynomial, number
+from .joined import JOINS, Joined, read_joined
 from .ring import Ring
+from .stored import is_parameter
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,53 @@ class Reading:
             an atom, since what follows happens in the lower precision.
         narrowed: nodes at which a statistic was rounded to a lower precision.
         anchors: the bases of the statistics.
+        joined: the pieces of nodes that pack statistics into one tensor.
+        piece: while a rule is applied to a concatenation: the operands' pieces.
+        same: nodes that repeat an earlier one, with that one.
+        chains: by site and tensor: the nodes that make its statistics.
     """
 
     ring: Ring
     meanings: dict[fx.Node, Meaning] = field(default_factory=dict)
-    outputs: dict[fx.Node, tuple[Meaning, ...]] = field(default_factory=dict)
+    outputs: dict[fx.Node, tuple[Meaning | Joined | None, ...]] = field(default_factory=dict)
     sealed: dict[fx.Node, Meaning] = field(default_factory=dict)
     narrowed: set[fx.Node] = field(default_factory=set)
     anchors: frozenset[fx.Node] = frozenset()
+    joined: dict[fx.Node, Joined] = field(default_factory=dict)
+    piece: dict[fx.Node, Meaning] = field(default_factory=dict)
+    same: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    chains: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = field(default_factory=dict)
     _lineage: dict[object, frozenset[object]] = field(default_factory=dict)
+    _parameters: dict[fx.Node, bool] = field(default_factory=dict)
 
     def formula(self, node: fx.Node) -> Meaning | None:
         """The meaning of a node itself (before rounding, where it rounds)."""
         return self.sealed.get(node) or self.meanings.get(node)
+
+    def sources(self, node: fx.Node) -> frozenset[object]:
+        """The tensors that a node's formula is about, reduced or not; all its results together."""
+        formula = self.formula(node)
+        values = [formula.value] if formula is not None else []
+        for result in self.outputs.get(node, ()):
+            if isinstance(result, Meaning):
+                values.append(result.value)
+        if node in self.joined:
+            values += [piece.value for piece in self.joined[node].pieces]
+        return frozenset().union(*(self.ring.moments(v) | self.ring.raw(v) for v in values))
+
+    def repeat(self, node: fx.Node) -> None:
+        """Give a node that repeats an earlier one what is known of that one."""
+        first = self.same[node]
+        if first in self.meanings:
+            self.meanings[node] = self.meanings[first]
+        if first in self.outputs:
+            self.outputs[node] = self.outputs[first]
+        if first in self.sealed:
+            self.sealed[node] = self.sealed[first]
+        if first in self.joined:
+            self.joined[node] = self.joined[first]
+        if first in self.narrowed:
+            self.narrowed.add(node)
 
     def derived(self, statistics: frozenset[object]) -> frozenset[object]:
         """The tensors that statistics are taken of, and what those are made of element by element.
@@ -65,9 +102,17 @@ class Reading:
             found |= self._lineage[source]
         return frozenset(found)
 
+    def is_parameter(self, node: fx.Node) -> bool:
+        """Whether a tensor is computed from parameters alone."""
+        if node not in self._parameters:
+            self._parameters[node] = is_parameter(node)
+        return self._parameters[node]
+
     def operand(self, value: Any) -> Meaning:
         """The meaning of an argument: a node or a number."""
         if isinstance(value, fx.Node):
+            if value in self.piece:
+                return self.piece[value]
             if value not in self.meanings:
                 raise Opaque(f"{value.name} has no meaning")
             return self.meanings[value]
@@ -132,7 +177,11 @@ def read(graph: fx.Graph, *, grad_enabled: bool = True) -> Reading:
         n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes
     )
     gradients = _differentiable(graph, grad_enabled, ever)
-    reading = Reading(Ring(lambda source: source in gradients), anchors=anchors(graph))
+    same = duplicates(graph, grad_enabled=grad_enabled)
+    own = anchors(graph)
+    bases = frozenset(same.get(n, n) for n in own)
+    same = {n: f for n, f in same.items() if n in own or not (f in bases and is_power(n, bases))}
+    reading = Reading(Ring(lambda source: source in gradients), anchors=bases, same=same)
     grad = grad_enabled
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
@@ -146,6 +195,9 @@ def _read_node(
     reading: Reading, node: fx.Node, semantics: dict[str, Semantics], *, stopped: bool
 ) -> None:
     value = node.meta.get("val")
+    if node in reading.same:
+        reading.repeat(node)
+        return
     if isinstance(value, torch.SymInt):
         reading.meanings[node] = Meaning((), reading.ring.extent(size_of(value)))
         return
@@ -154,9 +206,12 @@ def _read_node(
         if constant is not None:
             reading.meanings[node] = constant
             return
-    result: Meaning | tuple[Meaning, ...] | None = None
-    rule = semantics.get(name_of(node)) if node.op == "call_function" else None
-    if rule is not None:
+    result: Meaning | tuple[Meaning | Joined | None, ...] | None = None
+    name = name_of(node) if node.op == "call_function" else ""
+    rule = semantics.get(name)
+    if reading.joined or name in JOINS:
+        result = read_joined(reading, node, rule, stopped=stopped)
+    if rule is not None and result is None:
         try:
             result = rule(reading, node, arguments_of(node))
             if stopped and isinstance(result, Meaning):
@@ -188,8 +243,13 @@ def _constant(node: fx.Node) -> Meaning | None:
 
 
 def _opaque(reading: Reading, node: fx.Node) -> Meaning:
-    """An atom; an unknown elementwise function of statistics alone still counts as a statistic."""
+    """An atom; an unknown elementwise function of statistics alone still counts as a statistic.
+
+    Not so where further statistics are taken of it: then it is the tensor that they are about.
+    """
     target = node.target
+    if node in reading.anchors:
+        return reading.atom(node)
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         tensors = [reading.meanings.get(n) for n in node.all_input_nodes if is_tensor(n)]
         known = [m for m in tensors if m is not None]

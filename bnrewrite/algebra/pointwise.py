@@ -87,7 +87,11 @@ def maximum(ring: Ring, left: Polynomial, right: Polynomial, name: str = "maximu
 
 
 def minimum(ring: Ring, left: Polynomial, right: Polynomial, name: str = "minimum") -> Polynomial:
-    """The smaller of two values."""
+    """The smaller of two values; a value that is never above the other is the minimum itself."""
+    if nonnegative(ring, added(right, left, -1)):
+        return left
+    if nonnegative(ring, added(left, right, -1)):
+        return right
     a, b = sorted((left, right), key=lambda p: p.key)
     return ring.function(name, a, b, nonneg=nonnegative(ring, a) and nonnegative(ring, b))
 

@@ -6,10 +6,11 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import fx
 
 from .axes import Axis, Dim, Dims, Opaque, Size, axes_of, product
-from .calls import reduced_dims, shape_of
+from .calls import dtype_of, name_of, narrows, reduced_dims, shape_of
 from .expression import Polynomial, added, exact, number
 from .meaning import Meaning, Reading
 from .ring import Ring
@@ -18,9 +19,18 @@ from .ring import Ring
 class Reduced:
     """The operand of a reduction, with the axes that it reduces."""
 
-    def __init__(self, reading: Reading, source: Any, dim: object, keepdim: bool) -> None:
+    def __init__(
+        self,
+        reading: Reading,
+        source: Any,
+        dim: object,
+        keepdim: bool,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(source, fx.Node) or not source.meta["val"].dtype.is_floating_point:
             raise Opaque("a reduction of integers or complex numbers")
+        if dtype is not None and narrows(dtype_of(source), dtype):
+            raise Opaque("a reduction that rounds what it reduces")
         meaning = reading.operand(source)
         shape = shape_of(source)
         self.ring: Ring = reading.ring
@@ -56,7 +66,8 @@ class Reduced:
 
 
 def _of(reading: Reading, a: dict[str, Any]) -> Reduced:
-    return Reduced(reading, a["self"], a.get("dim"), bool(a.get("keepdim", False)))
+    keepdim = bool(a.get("keepdim", False))
+    return Reduced(reading, a["self"], a.get("dim"), keepdim, a.get("dtype"))
 
 
 def mean(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -105,15 +116,14 @@ def deviation_and_mean(reading: Reading, node: fx.Node, a: dict[str, Any]) -> tu
 def norm(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     """``norm``, ``linalg.norm`` and ``linalg.vector_norm`` for the vector norms."""
     order = a.get("p", a.get("ord"))
-    dim = a.get("dim")
-    several = dim is not None and not isinstance(dim, int) and len(dim) != 1
-    if "linalg_norm" in str(node.target) and order is not None and several:
+    reduced = reduced_dims(a["self"], a.get("dim"))
+    if name_of(node) == "linalg_norm" and order not in (None, "fro") and len(reduced) != 1:
         raise Opaque("a matrix norm")
     if isinstance(order, str):
         if order != "fro":
             raise Opaque(f"the matrix norm {order}")
         order = 2
-    r = Reduced(reading, a["self"], dim, bool(a.get("keepdim", False)))
+    r = _of(reading, a)
     return Meaning(r.result, p_norm(r, 2 if order is None else order))
 
 
@@ -222,11 +232,13 @@ def dot(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 def item(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     """One result of an operation with several."""
-    results: tuple[Meaning, ...] | None = reading.outputs.get(a["self"])
+    results = reading.outputs.get(a["self"])
     if results is None or a["other"] >= len(results):
         raise Opaque("one of several results")
-    position: int = a["other"]
-    return results[position]
+    result = results[a["other"]]
+    if not isinstance(result, Meaning):
+        raise Opaque("a part that no formula is known of")
+    return result
 
 
 REDUCTIONS = {

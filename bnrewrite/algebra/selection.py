@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from .axes import Opaque
-from .expression import Atom, Function, Monomial, Reduction, Sum, is_even
-from .match import Match, affine, is_parameter, match
+from .expression import Atom, Function, Monomial, Polynomial, Reduction, Sum, is_even
+from .match import Match, affine, lookalike, match
 from .meaning import Reading
 from .ring import Ring
 from .site import Linear, linear_forms
+from .stored import is_buffer, is_stored
+from .units import as_written
 
 Matches = dict[fx.Node, Match]
 
@@ -19,20 +23,22 @@ def find(reading: Reading, graph: fx.Graph) -> list[Match]:
 
     Along a chain (x - M), (x - M)/s, ... w + b the site is the last node that has a name, as long
     as nothing else needs the ones before. Without a name it is the last node of the chain whose
-    coefficients are smaller than the tensor.
+    coefficients are smaller than the tensor. What only looks like a norm is among them, ``left``.
     """
     matches: Matches = {}
+    lookalikes: Matches = {}
     for node in graph.nodes:
         found = _of_node(reading, node)
         if found is not None:
-            matches[node] = found
+            (lookalikes if found.left else matches)[node] = found
     named = {n: m for n, m in matches.items() if m.kind != "general"}
     chosen = _ends(named, matches)
     open_ = _uncovered(matches, chosen)
     small = {n: m for n, m in open_.items() if is_small(reading.ring, m)}
     chosen |= _ends(small, matches)
     chosen |= _ends(_uncovered(matches, chosen), matches)
-    return [chosen[n] for n in graph.nodes if n in chosen]
+    chosen |= _ends(lookalikes, lookalikes)
+    return [as_written(reading, chosen[n]) for n in graph.nodes if n in chosen]
 
 
 def _of_node(reading: Reading, node: fx.Node) -> Match | None:
@@ -45,13 +51,29 @@ def _of_node(reading: Reading, node: fx.Node) -> Match | None:
         return _affine(reading, node)
     related = reading.derived(statistics)
     if related & ring.raw(meaning.value):
-        for linear in linear_forms(reading, node):
+        forms = linear_forms(reading, node)
+        for linear in forms:
             if linear.source in related and divides_by_moment(reading, linear):
                 try:
                     return match(reading, linear)
                 except Opaque:
                     return None
+        for linear in forms:
+            if divides_by_neighbour(reading, linear):
+                reason = "it divides by a statistic of another tensor than the one it centres"
+                return lookalike(ring, linear, reason)
     return None
+
+
+def divides_by_neighbour(reading: Reading, linear: Linear) -> bool:
+    """Whether a tensor is centred, then divided by a statistic of what was next to it."""
+    ring, own = reading.ring, reading.derived(frozenset((linear.source,)))
+    return linear.source in ring.moments(linear.shift) and any(
+        (exponent < 0 or not isinstance(exponent, int))
+        and not own.isdisjoint(reading.derived(ring.bases[base].moments))
+        for monomial in linear.scale.terms
+        for base, exponent in monomial
+    )
 
 
 def divides_by_moment(reading: Reading, linear: Linear) -> bool:
@@ -138,42 +160,64 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
     """``x * scale + shift`` with stored statistics: a norm at inference, a frozen norm."""
     ring = reading.ring
     for linear in linear_forms(reading, node):
-        if not linear.shift.terms and not _divides_by_buffer(ring, linear):
+        if not linear.shift.terms and not _divides_by_buffer(reading, linear.scale):
             continue
         stored = ring.raw(linear.scale) | ring.raw(linear.shift)
         if (
             stored
             and ring.axes(linear.scale)
-            and all(_is_stored(s) for s in stored)
-            and not is_parameter(linear.source)
-            and (_normalises(ring, linear) or _shifts_first(linear))
+            and all(is_stored(s) or s in reading.sealed for s in stored)
+            and not reading.is_parameter(linear.source)
+            and (_normalises(reading, linear.scale) or _shifts_first(linear))
             and ring.axes(linear.scale) | ring.axes(linear.shift) < linear.axes
         ):
-            return affine(ring, linear)
+            found = affine(ring, linear)
+            if any(_is_computed(ring, s) for s in stored):
+                return replace(found, kind="general", reason="its statistics are computed before")
+            return found
     return None
 
 
-def _is_stored(source: object) -> bool:
-    return isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")
+def _is_computed(ring: Ring, source: object) -> bool:
+    """Whether an input carries a gradient and is no parameter: a graph before this one made it."""
+    return (
+        isinstance(source, fx.Node)
+        and source.op == "placeholder"
+        and not (source.meta.get("parameter") or source.meta.get("stored"))
+        and ring.differentiable(source)
+    )
 
 
-def _normalises(ring: Ring, linear: Linear) -> bool:
+def _normalises(reading: Reading, scale: Polynomial) -> bool:
     """Whether something stored is divided by, or stands under a root or an exponential."""
     return any(
-        exponent < 0 or not isinstance(exponent, int) or _is_exponential(ring, base)
-        for monomial in linear.scale.terms
+        exponent < 0
+        or not isinstance(exponent, int)
+        or _is_exponential(reading.ring, base)
+        or any(_normalises(reading, value) for value in _rounded(reading, base))
+        for monomial in scale.terms
         for base, exponent in monomial
     )
 
 
-def _divides_by_buffer(ring: Ring, linear: Linear) -> bool:
+def _divides_by_buffer(reading: Reading, scale: Polynomial) -> bool:
     """Whether the scale has the root of a buffer: a stored variance without a stored mean."""
     return any(
-        not isinstance(exponent, int)
-        and any(isinstance(s, fx.Node) and s.meta.get("stored") for s in ring.bases[base].raw)
-        for monomial in linear.scale.terms
+        any(_divides_by_buffer(reading, value) for value in _rounded(reading, base))
+        or (
+            not isinstance(exponent, int)
+            and any(is_buffer(s) for s in reading.ring.bases[base].raw)
+        )
+        for monomial in scale.terms
         for base, exponent in monomial
     )
+
+
+def _rounded(reading: Reading, base_id: int) -> list[Polynomial]:
+    """What was rounded to a coefficient, before it was."""
+    base = reading.ring.bases[base_id]
+    meaning = reading.sealed.get(base.source) if isinstance(base, Atom) else None  # type: ignore[call-overload]
+    return [meaning.value] if meaning is not None else []
 
 
 def _shifts_first(linear: Linear) -> bool:

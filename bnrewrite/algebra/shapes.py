@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from .anchors import REDUCTIONS
 from .axes import Axis, Dim, Dims, Opaque, Size, regroup, size_of
-from .calls import COUNTS, dtype_of, narrows, shape_of
+from .calls import CASTS, COUNTS, dtype_of, is_tensor, name_of, narrows, shape_of
 from .expression import number
 from .meaning import Meaning, Reading
+from .stored import is_stored
 
 
 def unchanged(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -29,7 +31,9 @@ def cast(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
     Where it rounds the normalised tensor, the formula ends there and an atom begins (whether a
     scale multiplies before or after is part of the formula). A statistic that is rounded stays a
-    statistic: computed without the rounding it is only more accurate.
+    statistic: computed without the rounding it is only more accurate. Not so one that was summed in
+    float64, as no replacement does, and a coefficient that is rounded: those are leaves, in the
+    precision that the user chose for what follows.
     """
     source = a["self"]
     meaning = reading.operand(source)
@@ -44,13 +48,37 @@ def cast(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
         return meaning
     if not after.is_floating_point:
         raise Opaque("a cast to integers")
-    if reading.ring.raw(meaning.value) & reading.anchors or not reading.ring.moments(meaning.value):
-        if reading.ring.moments(meaning.value):
-            reading.sealed[node] = meaning
-            raise Opaque("a rounding cast")
-        return reading.atom(node) if meaning.dims and not _is_small(source) else meaning
-    reading.narrowed.add(node)
-    return meaning
+    ring = reading.ring
+    raw, moments = ring.raw(meaning.value), ring.moments(meaning.value)
+    if moments and not raw & reading.anchors:
+        if _is_reduced_in_double(source):
+            return Meaning(meaning.dims, ring.atom(node, meaning.dims, moments=moments))
+        reading.narrowed.add(node)
+        return meaning
+    if moments:
+        reading.sealed[node] = meaning
+        raise Opaque("a rounding cast")
+    if not meaning.dims or _is_small(source):
+        return meaning
+    if raw and not raw & reading.anchors and all(is_stored(s) for s in raw):
+        reading.sealed[node] = meaning
+        return Meaning(meaning.dims, ring.atom(node, meaning.dims))
+    return reading.atom(node)
+
+
+def _is_reduced_in_double(node: fx.Node) -> bool:
+    """Whether a statistic was summed in float64, and not only combined with what is float64."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo and len(seen) < 32:
+        current = todo.pop()
+        if current in seen or not is_tensor(current) or dtype_of(current) != torch.float64:
+            continue
+        seen.add(current)
+        if name_of(current) in REDUCTIONS:
+            return True
+        todo += current.all_input_nodes
+    return False
 
 
 def _is_small(node: fx.Node) -> bool:
@@ -152,14 +180,45 @@ def expand(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 
 def repeat(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
-    """``repeat`` of dimensions of one element is an expand."""
+    """``repeat``, ``tile``: each dimension is run through several times, the copies outermost."""
     source = a["self"]
-    shape = shape_of(source)
-    repeats = a["repeats"]
-    padded: tuple[Size, ...] = (1,) * (len(repeats) - len(shape)) + shape
-    if any(r != 1 and size != 1 for r, size in zip(repeats, padded, strict=True)):
-        raise Opaque("a repeat of a dimension of more than one element")
-    return expand(reading, node, a)
+    meaning = reading.operand(source)
+    repeats = list(a["repeats"] if "repeats" in a else a["dims"])
+    rank = max(len(repeats), len(meaning.dims))
+    repeats = [1] * (rank - len(repeats)) + repeats
+    sizes: tuple[Size, ...] = (1,) * (rank - len(meaning.dims)) + shape_of(source)
+    dims = ((),) * (rank - len(meaning.dims)) + meaning.dims
+    return Meaning(
+        tuple(
+            (*_copies(times), *dim) if dim and size != 1 else dim
+            for dim, size, times in zip(dims, sizes, repeats, strict=True)
+        ),
+        meaning.value,
+    )
+
+
+def repeat_interleave(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
+    """``repeat_interleave`` by a number: the copies of an element lie side by side."""
+    meaning = reading.operand(a["self"])
+    if a.get("dim") is None or not meaning.dims:
+        raise Opaque("a repetition of all elements in one row")
+    at = a["dim"] % len(meaning.dims)
+    dim = meaning.dims[at]
+    grown = (*dim, *_copies(a["repeats"])) if dim else dim
+    return Meaning((*meaning.dims[:at], grown, *meaning.dims[at + 1 :]), meaning.value)
+
+
+def _copies(times: object) -> Dim:
+    """An axis along which nothing varies."""
+    if isinstance(times, fx.Node):
+        size = size_of(times.meta["val"])
+    elif isinstance(times, int):
+        size = times
+    else:
+        raise Opaque("a number of copies that is computed")
+    if size == 0:
+        raise Opaque("no copies")
+    return (Axis(size),) if size != 1 else ()
 
 
 def whole(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
@@ -202,7 +261,7 @@ def size(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 SHAPES = {
     **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh",
                      "positive", "resolve_conj", "resolve_neg"), unchanged),
-    **dict.fromkeys(("to", "_to_copy", "type_as"), cast),
+    **dict.fromkeys(sorted(CASTS), cast),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as",
                      "reshape_as", "ravel"), view),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
@@ -212,6 +271,6 @@ SHAPES = {
     **dict.fromkeys(("full", "full_like", "ones", "ones_like", "zeros", "zeros_like",
                      "scalar_tensor", "new_ones", "new_zeros", "new_full"), filled),
     "detach": detach, "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze,
-    "repeat": repeat, "slice": whole, "select": select, "sym_size": size,
-    "copy": copy,
+    "repeat": repeat, "tile": repeat, "repeat_interleave": repeat_interleave,
+    "slice": whole, "select": select, "sym_size": size, "copy": copy,
 }  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bnrewrite.capture.refusal import CaptureError
 
@@ -59,5 +60,7 @@ def is_updated(fake: Any) -> bool:
 def storage_of(value: Any) -> int | None:
     """The identity of a tensor's memory; None for what is no tensor or has no memory."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    if is_functorch_wrapped_tensor(value):
         return None
     return int(value.untyped_storage()._cdata)

@@ -16,8 +16,12 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis
 
 from bnrewrite.capture.aliases import outputs_of, returned_inputs
+from bnrewrite.capture.assembly import assemble
+from bnrewrite.capture.checkpointing import restore_checkpoints
 from bnrewrite.capture.inplace import restore_updates_in_place
-from bnrewrite.capture.look import Look, examine, sentence
+from bnrewrite.capture.look import Look, examine
+from bnrewrite.capture.rebinding import Rebinding
+from bnrewrite.capture.refusal import sentence
 from bnrewrite.capture.scalars import has_captured_scalars
 from bnrewrite.capture.stage import Run, resolve, run_by, stage_of, without_autocast
 from bnrewrite.capture.switches import checked_options
@@ -61,9 +65,11 @@ class Compiler:
             if self.scalars_are_inputs and has_captured_scalars(users):
                 raise CapturedScalar(look.failure)
             self.warn(look.failure)
-        elif look.is_rewritten or look.leaking - look.recurrent:
+        if look.is_changed:
             try:
                 graph, around = rewritten_graph(look, later)
+                if look.canonical is None:  # the casts of its parts are nodes, the rest is under it
+                    return self._run(backend, graph, around, example_inputs)
                 return without_autocast(lambda: self._run(backend, graph, around, example_inputs))
             except RestartAnalysis:
                 raise  # how Inductor asks Dynamo for another graph
@@ -74,6 +80,8 @@ class Compiler:
     def _run(
         self, backend: str, graph: fx.GraphModule, around: Around, example_inputs: Sequence[Any]
     ) -> Run:
+        if backend == "eager":
+            restore_checkpoints(graph)
         return around.wrap(run_by(backend, graph, example_inputs, self.mode))
 
     def warn(self, reason: str) -> None:
@@ -109,6 +117,12 @@ def bnrewrite(
 
 def rewritten_graph(look: Look, differentiated_later: bool) -> tuple[fx.GraphModule, Around]:
     """The canonical graph of a look, changed in place to the form in which Dynamo calls it."""
+    if look.parts or look.bodies:
+        graph, around, written = assemble(look, differentiated_later, rewritten_graph)
+        left = [each for each in look.rebindings if each.output not in written]
+        return (
+            (graph, around) if around.inputs else repaired(graph, look, left, differentiated_later)
+        )
     canonical, names, recurrent = look.canonical, look.canonical_names, look.recurrent
     assert canonical is not None
     rebound = {each.output: each.placeholder for each in look.rebindings}
@@ -139,11 +153,18 @@ def rewritten_graph(look: Look, differentiated_later: bool) -> tuple[fx.GraphMod
 
 def repaired_graph(look: Look, differentiated_later: bool) -> tuple[fx.GraphModule, Around]:
     """The user's graph, with buffers updated in place where they were rebound."""
-    repaired = [each for each in look.rebindings if each.placeholder not in look.recurrent]
-    if not repaired:
-        return look.graph, Around((), ())
-    names = {each.output: each.placeholder for each in repaired}
-    outputs = [names.get(i, i) for i in range(len(outputs_of(look.graph)))]
-    updates = [Update(each.placeholder, each.output) for each in repaired]
+    return repaired(look.graph, look, look.rebindings, differentiated_later)
+
+
+def repaired(
+    graph: fx.GraphModule, look: Look, rebindings: Sequence[Rebinding], differentiated_later: bool
+) -> tuple[fx.GraphModule, Around]:
+    """A graph with the outputs of the user's, with these buffers updated in place."""
+    mended = [each for each in rebindings if each.placeholder not in look.recurrent]
+    if not mended:
+        return graph, Around((), ())
+    names = {each.output: each.placeholder for each in mended}
+    outputs = [names.get(i, i) for i in range(len(outputs_of(graph)))]
+    updates = [Update(each.placeholder, each.output) for each in mended]
     enabled = torch.is_grad_enabled()
-    return look.graph, write_back(look.graph, updates, outputs, enabled, differentiated_later)
+    return graph, write_back(graph, updates, outputs, enabled, differentiated_later)

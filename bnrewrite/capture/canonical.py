@@ -24,13 +24,12 @@ from torch.fx.traceback import preserve_node_meta
 from bnrewrite.capture.aliases import refuse_views_of_updated_inputs
 from bnrewrite.capture.autocast import make_casts_explicit
 from bnrewrite.capture.interpreter import Interpreted
+from bnrewrite.capture.opaque import opaque_nodes
 from bnrewrite.capture.provenance import restore_provenance
 from bnrewrite.capture.rebinding import Rebinding
-from bnrewrite.capture.refusal import CaptureError
+from bnrewrite.capture.refusal import CaptureError, Untraceable, sentence
 from bnrewrite.capture.scalars import scalars_allowed
 from bnrewrite.capture.sources import Kind, locate
-
-IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 
 
 @dataclass(frozen=True)
@@ -82,21 +81,16 @@ def canonicalise(
     refuse_views_of_updated_inputs(graph_module)
     fakes = _fake_inputs(placeholders, example_inputs)
     constants = _tensor_constants(graph_module)
-    if torch.is_grad_enabled() and "autograd_function_apply" in _higher_order(graph_module):
-        raise CaptureError(
-            "an autograd.Function has a backward of its own, which tracing would drop"
-        )
-    _refuse_hidden_effects(graph_module.graph)
+    for reason in opaque_nodes(graph_module.graph, torch.is_grad_enabled()).values():
+        raise CaptureError(reason)
+    interpreted = Interpreted(graph_module, constants)
     try:
         with preserve_node_meta(), scalars_allowed(fakes):
             traced, signature = aot_export_module(
-                Interpreted(graph_module, constants), fakes, trace_joint=False, pre_dispatch=True
+                interpreted, fakes, trace_joint=False, pre_dispatch=True
             )
     except Exception as error:
-        nested = _higher_order(graph_module)
-        if nested:
-            raise CaptureError(f"tracing does not go through {', '.join(nested)}") from error
-        raise
+        raise Untraceable(sentence(error), interpreted.reached) from error
     module = _checked(traced, signature, placeholders)
     _restore_constants(module, constants)
     make_casts_explicit(module.graph)
@@ -176,51 +170,6 @@ def _tensor_constants(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 found[node.target] = value
     return found
-
-
-def _refuse_hidden_effects(graph: fx.Graph) -> None:
-    """Refuse what a functional graph cannot express.
-
-    Raises:
-        CaptureError: function transforms, which change the state of the process while they are
-            traced; an update in place of a value with autograd history, from where autograd does
-            not see it.
-    """
-    grad = torch.is_grad_enabled()
-    for node in graph.nodes:
-        name = str(getattr(node.target, "__name__", node.target))
-        if node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-        module = str(getattr(node.target, "__module__", "")) + str(node.target)
-        if "_functorch" in module or "saved_tensors_hooks" in name:
-            raise CaptureError(f"a function transform ({name}) runs inside the graph")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
-        if in_place and node.args and isinstance(node.args[0], fx.Node):
-            hidden, target = not grad, node.args[0]
-            while _aliases_without_history(target) and isinstance(target.args[0], fx.Node):
-                hidden, target = True, target.args[0]
-            if hidden and getattr(target.meta.get("example_value"), "requires_grad", False):
-                raise CaptureError("a value with autograd history is updated where autograd is off")
-
-
-def _aliases_without_history(node: fx.Node) -> bool:
-    """Whether a node is ``x.data`` or ``x.detach()``."""
-    if node.op == "call_method":
-        return node.target == "detach"
-    return node.op == "call_function" and (
-        (node.target is getattr and node.args[1:2] == ("data",))
-        or getattr(node.target, "__name__", "") in ("detach", "_get_data_attr")
-    )
-
-
-def _higher_order(graph_module: fx.GraphModule) -> list[str]:
-    """Names of the operations that call a graph of their own, such as activation checkpointing."""
-    kinds = {
-        str(node.target)
-        for node in graph_module.graph.nodes
-        if isinstance(node.target, torch._ops.HigherOrderOperator)
-    }
-    return sorted(kinds)
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

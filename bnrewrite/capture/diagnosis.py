@@ -40,6 +40,11 @@ def _of_graph(look: Look) -> Iterator[Finding]:
         )
         path = locate(nodes[name])[1] or name
         yield pathology("statistic-with-history", source_line(value), path)
+    for body in look.bodies:
+        for node in body.updated:
+            kind, buffer = locate(node)
+            if kind == "buffer":
+                yield pathology("two-updates-per-step", source_line(_last_user(node)), str(buffer))
     for path, value in look.attributes:
         yield pathology("statistic-not-a-buffer", source_line(value), path)
 
@@ -56,11 +61,21 @@ def _never_updated(looks: Sequence[Look], model: nn.Module) -> Iterator[Finding]
         for site in look.sites:
             if site.kind not in _OF_BATCHES:
                 continue
-            owner = model.get_submodule(site.module) if site.module else model
+            owner = _owner(model, site.module)
+            if owner is None:
+                continue
             for name, buffer in owner.named_buffers(recurse=False):
                 path = f"{site.module}.{name}" if site.module else name
                 if path not in seen and _is_initial(buffer):
                     yield pathology("statistics-never-updated", site.source, path)
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a name; None for one that hangs on the model without being registered."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _normalised_by_state(look: Look) -> Iterator[Finding]:

@@ -79,7 +79,10 @@ class _Watcher(Compiler):
 
 
 def _text(look: Look) -> str:
-    return "" if look.canonical is None else str(look.canonical.module.graph)
+    if look.canonical is not None:
+        return str(look.canonical.module.graph)
+    inner = [part.look for part in look.parts] + [body.look for body in look.bodies]
+    return "\n".join(text for text in map(_text, inner) if text)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,19 @@ from torch import fx
 
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept, enter_autocast, exit_autocast
 
+_DATA = getattr(torch._C._autograd, "_get_data_attr", None)  # Dynamo's `tensor.data`
+
 
 class Interpreted(torch.nn.Module):
     """Runs a Dynamo graph node by node, so that each ATen node inherits its node's metadata.
 
     Tensor constants of the graph are buffers here, and so become the leading placeholders.
+
+    Attributes:
+        reached: the node that is run now; None before the first and after the last.
     """
+
+    reached: fx.Node | None = None
 
     def __init__(self, graph_module: fx.GraphModule, constants: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -24,7 +31,9 @@ class Interpreted(torch.nn.Module):
 
     def forward(self, *args: Any) -> Any:
         with autocast_kept():
-            return self.interpreter[0].run(*args)
+            results = self.interpreter[0].run(*args)
+        self.reached = None
+        return results
 
 
 class _Interpreter(fx.Interpreter):
@@ -36,10 +45,16 @@ class _Interpreter(fx.Interpreter):
         self.constants = constants
         self.outer: list[Any] = []
 
+    def run_node(self, n: fx.Node) -> Any:
+        self.owner.reached = n
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A node's value; three kinds of node mean something else to a trace than to a call."""
+        """A node's value; four kinds of node mean something else to a trace than to a call."""
         if target is torch.Tensor.set_ and len(args) == 2:
             return args[0].copy_(args[1])  # Dynamo's `buffer.data = value`
+        if target is _DATA:
+            return args[0].detach()  # an attribute, of which a trace sees nothing
         if getattr(target, "__name__", "") == "_lower_version_count_by_1":
             return args[0]
         value = super().call_function(target, args, kwargs)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import fx
 
 from bnrewrite.capture.aliases import is_updated, outputs_of
 from bnrewrite.capture.canonical import Canonical, canonicalise
+from bnrewrite.capture.opaque import opaque_nodes
 from bnrewrite.capture.rebinding import Rebinding, find_attribute_updates, find_rebindings
+from bnrewrite.capture.refusal import CaptureError, Untraceable, sentence
+from bnrewrite.capture.stretches import Stretch
 from bnrewrite.options import Options
-
-if TYPE_CHECKING:
-    from bnrewrite.report.site import Site
+from bnrewrite.report.site import LEFT, Site
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,11 @@ class Look:
         rebindings: outputs of the user's graph that are new values of buffers.
         attributes: plain tensor attributes that are updated by rebinding, and the new values.
         private: canonical names of inputs that only new values of inputs are computed from.
-        failure: why there is no canonical graph, a sentence.
+        failure: why there is no canonical graph, or none of one of the parts, a sentence.
+        failed_at: the node of the user's graph that has no canonical form, where one is known.
+        refused: whether it is capture that has refused the graph.
+        parts: the stretches of a graph that has no canonical form as a whole.
+        bodies: the checkpointed graphs that it calls.
     """
 
     graph: fx.GraphModule
@@ -40,6 +46,20 @@ class Look:
     attributes: tuple[tuple[str, fx.Node], ...]
     private: frozenset[str]
     failure: str | None
+    failed_at: fx.Node | None = None
+    refused: bool = False
+    parts: tuple[Part, ...] = ()
+    bodies: tuple[Body, ...] = ()
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything is left to be run but the user's graph."""
+        if self.parts or self.bodies:
+            inner = [part.look for part in self.parts] + [body.look for body in self.bodies]
+            return any(look.is_changed for look in inner)
+        return self.canonical is not None and bool(
+            self.is_rewritten or self.leaking - self.recurrent
+        )
 
     @property
     def is_rewritten(self) -> bool:
@@ -66,12 +86,15 @@ class Look:
             and is_updated(node.meta.get("example_value"))
             and node.meta["example_value"].requires_grad
         )
+        if self.canonical is not None:  # a part may read what another part updates
+            names = self.canonical_names
+            updated = frozenset(name for name in updated if names[name] in self.canonical.mutated)
         return updated | frozenset(each.placeholder for each in self.rebindings if each.history)
 
     @property
     def _statistics(self) -> frozenset[str]:
         if self.canonical is None:
-            return frozenset()
+            return frozenset().union(*(part.look._statistics for part in self.parts))
         paths = {path for site in self.sites for path in site.state}
         proved = {each.name for each in self.canonical.inputs if each.path in paths}
         names = self.canonical_names
@@ -85,11 +108,69 @@ class Look:
         return dict(zip(old, (each.name for each in self.canonical.inputs), strict=True))
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a graph and what was found in it.
+
+    Attributes:
+        stretch: the nodes.
+        look: at the graph of the stretch.
+        rebound: outputs of the user's graph that are new values of buffers, made here.
+    """
+
+    stretch: Stretch
+    look: Look
+    rebound: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Body:
+    """A checkpointed graph and what was found in it.
+
+    Attributes:
+        node: of the user's graph, the call.
+        look: at the graph that is called.
+        updated: its placeholders that it updates, in the forward and again for the backward.
+    """
+
+    node: fx.Node
+    look: Look
+    updated: tuple[fx.Node, ...]
+
+
 def examine(graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Look:
-    """Capture a Dynamo graph and rewrite what was captured; the graph itself stays as it is."""
+    """Capture a Dynamo graph and rewrite what was captured; the graph itself stays as it is.
+
+    A graph with nodes that have no canonical form is captured in parts, around these nodes.
+    """
+    from bnrewrite.capture.partition import examine_in_parts  # which looks at each of the parts
+
+    found = find_rebindings(graph), find_attribute_updates(graph)
+    opaque = opaque_nodes(graph.graph, torch.is_grad_enabled())
+    if opaque:
+        return examine_in_parts(graph, example_inputs, *found, options, opaque)
+    look = examine_whole(graph, example_inputs, *found, options)
+    if not look.refused:
+        return look
+    target = None if look.failed_at is None else look.failed_at.target
+    alike = [node for node in graph.graph.nodes if node.target == target]
+    kept = dict.fromkeys(alike, str(look.failure))
+    parts = examine_in_parts(graph, example_inputs, *found, options, kept)
+    if not parts.is_changed:
+        return look
+    return replace(parts, failure=look.failure if kept else parts.failure)
+
+
+def examine_whole(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    rebindings: tuple[Rebinding, ...],
+    attributes: tuple[tuple[str, fx.Node], ...],
+    options: Options,
+) -> Look:
+    """Capture a graph as a whole, in the modes that are on, and rewrite it."""
     from bnrewrite.passes import rewrite  # the passes import this package
 
-    rebindings, attributes = find_rebindings(graph), find_attribute_updates(graph)
     before = ""
     try:
         canonical = canonicalise(graph, example_inputs, rebindings)
@@ -97,15 +178,26 @@ def examine(graph: fx.GraphModule, example_inputs: Sequence[Any], options: Optio
         before = str(canonical.module.graph)
         sites = tuple(rewrite(canonical, options))
     except Exception as error:  # any failure means that the user's graph runs; the cause is told
-        reason = sentence(error)
-        return Look(graph, None, before, (), rebindings, attributes, frozenset(), reason)
+        look = Look(graph, None, before, (), rebindings, attributes, frozenset(), sentence(error))
+        failed_at = error.node if isinstance(error, Untraceable) else None
+        return replace(look, failed_at=failed_at, refused=isinstance(error, CaptureError))
     return Look(graph, canonical, before, sites, rebindings, attributes, private, None)
 
 
-def sentence(error: Exception) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def left(look: Look, reason: str) -> Look:
+    """A look at a graph that stays the user's after all; its norms say why."""
+    return replace(
+        look,
+        canonical=None,
+        sites=tuple(
+            site
+            if site.status == LEFT
+            else replace(site, status=LEFT, reason=reason, lowering=None)
+            for site in look.sites
+        ),
+        parts=tuple(replace(part, look=left(part.look, reason)) for part in look.parts),
+        bodies=tuple(replace(body, look=left(body.look, reason)) for body in look.bodies),
+    )
 
 
 def _private(canonical: Canonical) -> frozenset[str]:

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 
 class CaptureError(Exception):
     """A graph that has no canonical form; the message is a sentence for the user."""
+
+
+class Untraceable(CaptureError):
+    """Tracing a graph failed.
+
+    Attributes:
+        node: the node of the Dynamo graph that it failed at; None where it failed outside of one.
+    """
+
+    def __init__(self, message: str, node: fx.Node | None) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def sentence(error: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(error, CaptureError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

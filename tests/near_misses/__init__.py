@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import groups, rows, scales, statistics, updates
+from . import groups, pieces, rows, scales, statistics, updates
 from .recipe import EPS, NearMiss, Recipe, Setting
 
 TABLE = (
@@ -11,6 +11,7 @@ TABLE = (
     *updates.TABLE,
     *rows.TABLE,
     *groups.TABLE,
+    *pieces.TABLE,
 )
 
 __all__ = ["EPS", "TABLE", "NearMiss", "Recipe", "Setting"]

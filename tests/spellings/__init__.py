@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from . import batch, batch_last, constants, groups, layer, lengths, nameless, rms, running
+from . import (
+    batch,
+    batch_last,
+    constants,
+    groups,
+    layer,
+    lengths,
+    nameless,
+    pieces,
+    rms,
+    running,
+)
 from .family import Family, Spelling, random_input
 from .written import Formula, Shape, Written
 
@@ -16,6 +27,7 @@ TABLE = (
     *lengths.TABLE,
     *constants.TABLE,
     *nameless.TABLE,
+    *pieces.TABLE,
 )
 
 __all__ = ["TABLE", "Family", "Formula", "Shape", "Spelling", "Written", "random_input"]

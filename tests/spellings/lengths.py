@@ -96,6 +96,18 @@ def under_root_from_norm(m: Written, x: Tensor) -> Tensor:
     return x * (x.norm(2, dim=2, keepdim=True) ** 2 + EPS) ** -0.5
 
 
+def native_scaled(m: Written, x: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().sum(-1, keepdim=True) + EPS) * 0.25
+
+
+def scaled_after(m: Written, x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + EPS) * 0.25
+
+
+def scaled_before(m: Written, x: Tensor) -> Tensor:
+    return 0.25 * x * torch.rsqrt(x.pow(2).sum(dim=-1, keepdim=True) + EPS)
+
+
 def native_images(m: Written, x: Tensor) -> Tensor:
     return F.normalize(x, p=2.0, dim=1, eps=TINY)
 
@@ -180,6 +192,7 @@ MAXIMUM = replace(
 )
 BARE_ROOT = replace(BARE, name="lp, p = 2, root of a sum, no eps")
 BARE = replace(BARE, alone=MASKED)
+SCALED = family("p = 2, eps under the root, times a number", native_scaled, EPS)
 ADDED_ROOT = replace(ADDED, name="lp, p = 2, root of a sum, eps added", alone=MASKED)
 ADDED = replace(ADDED, alone=MASKED)
 MANHATTAN = family("p = 1, clamped", native_manhattan, TINY)
@@ -208,6 +221,8 @@ TABLE = (
     Spelling(under_root, UNDER_ROOT, also=("float64",)),
     Spelling(under_rsqrt, UNDER_ROOT),
     Spelling(under_root_from_norm, UNDER_ROOT),
+    Spelling(scaled_after, SCALED),
+    Spelling(scaled_before, SCALED),
     Spelling(channels_of_an_image, IMAGES, also=("dynamic",)),
     Spelling(channels_of_flat_images, IMAGES_ROOT),
     Spelling(manhattan_norm, MANHATTAN, also=("float64",)),

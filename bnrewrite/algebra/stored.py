@@ -1,0 +1,65 @@
+"""Where a tensor comes from: parameters, buffers, or the graph's own inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .calls import CASTS, arguments_of, name_of
+
+RENAMED = CASTS | {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as"}
+NEAR = 16  # how many nodes a coefficient is made of, at most
+FAR = 64  # how many nodes a parametrised tensor is made of, at most
+
+
+def uncast(node: fx.Node) -> fx.Node:
+    """The tensor that a node is, before casts and reshapes."""
+    while name_of(node) in RENAMED:
+        node = arguments_of(node)["self"]
+    return node
+
+
+def is_stored(source: object) -> bool:
+    """Whether a tensor is given to the graph, or made element by element of what is stored."""
+    if not isinstance(source, fx.Node):
+        return False
+    if uncast(source).op in ("placeholder", "get_attr"):
+        return True
+    made = _origins(source, NEAR)
+    return made is not None and all(
+        _is_elementwise(n)
+        if n.op == "call_function"
+        else n.op == "get_attr" or n.meta.get("parameter") or n.meta.get("stored")
+        for n in made
+    )
+
+
+def is_buffer(source: object) -> bool:
+    """Whether a tensor is a buffer, as it is, rounded or reshaped."""
+    return isinstance(source, fx.Node) and bool(uncast(source).meta.get("stored"))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a tensor is computed from parameters alone."""
+    made = _origins(node, FAR)
+    return made is not None and all(n.meta.get("parameter") for n in made if n.op == "placeholder")
+
+
+def _origins(node: fx.Node, limit: int) -> set[fx.Node] | None:
+    """The nodes that a tensor is computed from; None where they are more than the limit."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            if len(seen) > limit:
+                return None
+            todo += current.all_input_nodes
+    return seen
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    target = node.target
+    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return pointwise or name_of(node) in RENAMED
