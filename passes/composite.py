@@ -76,7 +76,7 @@ def _divided(writing: Writing) -> Value | None:
         return None
     ratio = ring.power(Polynomial({found.part: coefficients.pop()}), -1)
     denominator = writing.emitter.reused(ratio)
-    if denominator is None and found.part[0][1] == -1:
+    if denominator is None and (found.part[0][1] == -1 or found.kind == "lp_normalize"):
         denominator = writing.emitter.tensor(ratio)
     return None if denominator is None else writing.emitter.over(writing.input(), denominator)
 

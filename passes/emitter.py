@@ -18,6 +18,7 @@ from bnrewrite.algebra.axes import Axis, Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.calls import dtype_of, narrows
 from bnrewrite.algebra.expression import (
     MAXIMA,
+    ZERO,
     Atom,
     Base,
     Exponent,
@@ -31,6 +32,7 @@ from bnrewrite.algebra.expression import (
     added,
     factor_of,
     inverse,
+    is_even,
     magnitude,
     normalised,
     scaled,
@@ -182,8 +184,13 @@ class Emitter:
             self._written[key] = self.reused(polynomial) or self._sum(polynomial)
         return self._written[key]
 
-    def reused(self, polynomial: Polynomial) -> Value | None:
-        """A node of the user's with this meaning, up to a number."""
+    def reused(self, polynomial: Polynomial, *, at_any_cost: bool = False) -> Value | None:
+        """A node of the user's with this meaning, up to a number.
+
+        Args:
+            polynomial: what is looked for.
+            at_any_cost: take also what costs a further pass over the tensor, as M beside V does.
+        """
         if not self.reusable or not self.ring.moments(polynomial):
             return None
         if self.units and self._is_measured(polynomial):
@@ -197,7 +204,7 @@ class Emitter:
         back = {letter: axis for axis, letter in names.items()}
         dims = tuple(tuple(back.get(a, a) for a in dim) for dim in dims)
         slow = not direct and self.given and self._has_mean(polynomial)
-        if slow and not _is_root(self.ring, polynomial):
+        if slow and not at_any_cost and not _is_root(self.ring, polynomial):
             return None
         try:
             placed = self.place(current(node), dims)
@@ -240,12 +247,51 @@ class Emitter:
 
     def _sum(self, polynomial: Polynomial) -> Value:
         for moments, variance in self.variances:
-            lead = factor_of(polynomial, moments.square.bases().pop())
-            if lead.terms:
-                spread = self.ring.multiply(lead, moments.variance(self.ring))
-                rest = added(polynomial, spread, -1)
-                if len(rest.terms) < len(polynomial.terms):
-                    return self.plus(self.times(variance(), self.tensor(lead)), self.tensor(rest))
+            lead, rest = self._spread(polynomial, moments)
+            if lead.terms and not self._cancels(rest, lead):
+                return self.plus(self.times(variance(), self.tensor(lead)), self.tensor(rest))
+        if not self._cancels(polynomial):
+            return self._total(polynomial)
+        common = set.intersection(*(set(monomial) for monomial in polynomial.terms))
+        if common:
+            terms = polynomial.terms.items()
+            rest = Polynomial({tuple(i for i in m if i not in common): c for m, c in terms})
+            return self.times(self._term(tuple(sorted(common)), 1), self.tensor(rest))
+        known = self.reused(polynomial, at_any_cost=True)
+        if known is None:
+            raise Unwritable("a sum in it would lose digits in another order of operations")
+        return known
+
+    def _spread(self, polynomial: Polynomial, moments: Moments) -> tuple[Polynomial, Polynomial]:
+        """``lead * V + rest`` where that is shorter, else a lead of zero."""
+        lead = factor_of(polynomial, moments.square.bases().pop())
+        if lead.terms:
+            spread = self.ring.multiply(lead, moments.variance(self.ring))
+            rest = added(polynomial, spread, -1)
+            if len(rest.terms) < len(polynomial.terms):
+                return lead, rest
+        return ZERO, polynomial
+
+    def _cancels(self, polynomial: Polynomial, lead: Polynomial = ZERO) -> bool:
+        """Whether ``lead * V`` and the statistics in a sum may be differences of like numbers."""
+        bases = self.ring.bases
+        found = [
+            (coefficient, [(bases[b], e) for b, e in monomial if bases[b].moments])
+            for monomial, coefficient in polynomial.terms.items()
+        ]
+        statistics = [(c, factors) for c, factors in found if factors]
+        if len(statistics) + bool(lead.terms) <= 1:
+            return False
+        return any(c < 0 for c in lead.terms.values()) or any(
+            c < 0
+            or any(
+                not (base.nonnegative or is_even(e) or isinstance(base, Atom))
+                for base, e in factors
+            )
+            for c, factors in statistics
+        )
+
+    def _total(self, polynomial: Polynomial) -> Value:
         total: Value = 0
         positive_first = sorted(polynomial.terms.items(), key=lambda item: item[1] < 0)
         for monomial, coefficient in positive_first:
@@ -265,7 +311,10 @@ class Emitter:
             if known is not None:
                 result, monomial = known, tuple(i for i in monomial if i not in statistics)
         for base_id, exponent in sorted(monomial, key=lambda item: item[1] < 0):
-            node, factor, power = self._measured(self.ring.bases[base_id])
+            base = self.ring.bases[base_id]
+            node, factor, power = self._measured(base)
+            if exponent < 0 and not _is_tensor(node) and self._may_raise(base, exponent, result):
+                raise Unwritable("it divides by a size that may be zero")
             exponent *= power
             if factor != 1:
                 coefficient = float(coefficient) * float(factor) ** float(exponent)
@@ -274,6 +323,15 @@ class Emitter:
             else:
                 result = self.times(result, self.power(node, exponent))
         return self.times(result, coefficient)
+
+    def _may_raise(self, base: Base, exponent: Exponent, result: Value) -> bool:
+        """Whether Python's division by a size raises where a tensor's gives inf.
+
+        A number that was read out of a tensor is divided by in Python in the user's code too.
+        """
+        if self.ring.never_zero(base) or (exponent == -1 and _is_tensor(result)):
+            return False
+        return not isinstance(base, Atom) and not _is_read_out(base)
 
     def _measured(self, base: Base) -> tuple[Value, Number, int]:
         """A node, a number and a power: the base is ``(number * node) ** power``."""
@@ -357,8 +415,6 @@ class Emitter:
         if isinstance(base, Extent):
             return self.extent(base.size)
         if isinstance(base, Sum):
-            if not self._is_stable(base.polynomial):
-                raise Unwritable("its denominator would lose digits in another order of operations")
             return self.tensor(base.polynomial)
         if isinstance(base, Function):
             return self._function(base)
@@ -373,20 +429,6 @@ class Emitter:
         if not dtype.is_floating_point or narrows(self.dtype, dtype):
             node = self.call(aten.to.dtype, node, self.dtype)
         return self.place(current(node), base.index)
-
-    def _is_stable(self, polynomial: Polynomial) -> bool:
-        """Whether a sum adds up without differences of like numbers, V counting as one."""
-        if self.reused(polynomial) is not None:
-            return True
-        for moments, _ in self.variances:
-            lead = factor_of(polynomial, moments.square.bases().pop())
-            if lead.terms:
-                spread = self.ring.multiply(lead, moments.variance(self.ring))
-                rest = added(polynomial, spread, -1)
-                if len(rest.terms) < len(polynomial.terms):
-                    polynomial = rest
-        coefficients = polynomial.terms.values()
-        return all(c > 0 for c in coefficients) or not self.ring.moments(polynomial)
 
     def _function(self, base: Function) -> Value:
         if base.name == "root":
@@ -424,6 +466,14 @@ def _is_root(ring: Ring, polynomial: Polynomial) -> bool:
         and isinstance(bases[0], Function)
         and bases[0].name == "root"
     )
+
+
+def _is_read_out(base: Base) -> bool:
+    """Whether a size is a number that was read out of a tensor: its symbols are named so."""
+    if not isinstance(base, Extent):
+        return False
+    symbols = sympy.sympify(base.size).free_symbols
+    return bool(symbols) and all(symbol.name.startswith("u") for symbol in symbols)
 
 
 def split_layout(dims: Dims, axes: frozenset[Axis]) -> Dims:

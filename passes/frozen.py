@@ -25,7 +25,7 @@ from .writing import Writing, compute_dtype, flat
 def frozen_layout(reading: Reading, found: Match) -> Dims | None:
     """The dimensions of x as ``batch_norm`` wants them, where it computes this formula."""
     ring, linear = reading.ring, found.linear
-    if compute_dtype(reading, found.node) not in (torch.float32, torch.float64):
+    if compute_dtype(reading, found) not in (torch.float32, torch.float64):
         return None
     if frozen(ring, linear) is None:
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from bnrewrite.algebra.axes import Opaque, axes_of
 from bnrewrite.algebra.calls import is_tensor, shape_of
@@ -34,8 +35,12 @@ class Lower:
 
     def run(self, rewriting: Rewriting) -> None:
         """Change the graph site by site, in graph order."""
+        if not rewriting.decisions:
+            return
         statistics = _Statistics(rewriting)
         for decision in rewriting.decisions:
+            if decision.refusal is None and decision.lowering is None:
+                continue  # nothing was planned for it
             if decision.refusal is None:
                 _lower(rewriting, decision, statistics.before(decision.match.node))
             decision.record = rewriting.describe(decision)
@@ -54,6 +59,21 @@ class _Statistics:
         self.known: Reusable = {}
         self.direct: set[fx.Node] = set()
         self.sizes: dict[Any, Value] = {}
+        self.made_of = self._values(rewriting)
+
+    def _values(self, rewriting: Rewriting) -> dict[Any, dict[fx.Node, fx.Node | None]]:
+        """New values of buffers, with these, and returned values, by what they are made of."""
+        reading = self.reading
+        outputs = next(iter(reversed(rewriting.graph.nodes))).args[0]
+        buffers: list[fx.Node | None] = [self.placeholders[n] for n in rewriting.canonical.mutated]
+        buffers += [None] * (len(outputs) - len(buffers))
+        result: dict[Any, dict[fx.Node, fx.Node | None]] = {}
+        for buffer, value in zip(buffers, outputs, strict=True):
+            meaning = reading.formula(value) if isinstance(value, fx.Node) else None
+            if meaning is not None and (buffer or not reading.ring.differentiable(value)):
+                for source in reading.ring.moments(meaning.value):
+                    result.setdefault(source, {}).setdefault(value, buffer)
+        return result
 
     def before(self, site: fx.Node) -> _Statistics:
         """Everything that stands before a site."""
@@ -118,10 +138,15 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
     except (Unwritable, Opaque) as refusal:
         decision.refusal = Refusal(str(refusal), found.node)
         return
+    except GuardOnDataDependentSymNode:
+        reason = "one of its sizes is read out of a tensor, and known only when the graph runs"
+        decision.refusal = Refusal(reason, found.node)
+        return
     found.node.replace_all_uses_with(replacement)
     found.node.meta["replaced_by"] = replacement
     for old, new in state.replaced.items():
         _replace_value(rewriting, old, new)
+        statistics.made_of[found.linear.source].pop(old)
     buffers = [u.buffer for u in state.updates if u.buffer is not None]
     decision.state += [str(b.meta.get("path") or b.name) for b in buffers]
 
@@ -152,28 +177,18 @@ def _updates(rewriting: Rewriting, found: Match, statistics: _Statistics) -> lis
     assert reading is not None
     if not found.over:
         return []
-    outputs = next(iter(reversed(rewriting.graph.nodes))).args[0]
-    buffers: list[fx.Node | None] = [
-        statistics.placeholders[n] for n in rewriting.canonical.mutated
-    ]
-    buffers += [None] * (len(outputs) - len(buffers))
-    candidates = {
-        value: buffer
-        for buffer, value in reversed(list(zip(buffers, outputs, strict=True)))
-        if isinstance(value, fx.Node) and (buffer or not reading.ring.differentiable(value))
-    }
-    pairs = [(buffer, value) for value, buffer in reversed(candidates.items())]
+    candidates = statistics.made_of.get(found.linear.source, {})
     place = statistics.place
     return [
         update
-        for update in updates_of(reading, found, pairs)
+        for update in updates_of(reading, found, [(b, value) for value, b in candidates.items()])
         if all(place[s] < place[found.node] for s in reading.ring.raw(update.value))
     ]
 
 
 def _write_state(writing: Writing, state: BatchState) -> None:
     """Buffers beside a composite norm, from its own moments."""
-    if not state.updates:
+    if not state.updates or not writing.has_moments:
         return
     found, ring = writing.match, writing.reading.ring
     variance, mean = writing.moments()
@@ -195,8 +210,6 @@ def _replace_value(rewriting: Rewriting, old: fx.Node, new: fx.Node) -> None:
         values[:count] = [new if v is old else v for v in values[:count]]
         output.args = (type(output.args[0])(values),)
         return
-    later = False
-    for node in list(rewriting.graph.nodes):
-        if later and old in node.all_input_nodes:
-            node.replace_input_with(old, new)
-        later = later or node is new
+    for user in list(old.users):
+        if new < user:
+            user.replace_input_with(old, new)

@@ -19,9 +19,10 @@ from torch import fx
 
 from bnrewrite.algebra.axes import Dims, axes_of, product
 from bnrewrite.algebra.calls import dtype_of, is_tensor
-from bnrewrite.algebra.expression import ONE, Polynomial
+from bnrewrite.algebra.expression import ONE, ZERO, Polynomial
 from bnrewrite.algebra.match import Match
 from bnrewrite.algebra.meaning import Reading
+from bnrewrite.kernels.grouped import group_norm, has_dense_channels
 
 from .emitter import Value, aten
 from .frozen import frozen_layout, write_frozen
@@ -33,6 +34,8 @@ def has_native(reading: Reading, found: Match) -> bool:
     """Whether a site has a native op in a layout that needs no copy."""
     if found.kind == "affine":
         return frozen_layout(reading, found) is not None
+    if found.kind == "batch_norm" and found.root_eps == ZERO:
+        return False  # ATen's makes 0 of a constant channel, where 0 / 0 is NaN
     return found.kind in _WRITERS and found.root_eps is not None and _layout(found) is not None
 
 
@@ -118,6 +121,8 @@ def _inputs(writing: Writing, dims: Dims) -> tuple[fx.Node, Any, Any]:
         writing.dtype = torch.float32
     weight = writing.vector(found.weight, dims, 1, writing.dtype)
     bias = writing.vector(found.bias, dims, 0, writing.dtype)
+    if weight is None and bias is not None:  # second derivatives are not made for a bias alone
+        weight = writing.emitter.call(aten.ones_like.default, bias)
     return writing.input(), weight, bias
 
 
@@ -160,11 +165,11 @@ def _group(writing: Writing, state: BatchState) -> fx.Node:
     found = writing.match
     channels = writing.layout[1]
     x, weight, bias = _inputs(writing, (channels,))
-    if weight is None and bias is not None:
-        weight = writing.emitter.call(aten.ones_like.default, bias)
     groups = writing.emitter.extent(product(a.size for a in channels if a not in found.over))
-    y = writing.emitter.call(aten.group_norm.default, x, groups, weight, bias, _eps(writing), True)
-    return writing.finish(y)
+    given = (x, groups, weight, bias, _eps(writing))
+    if has_dense_channels(x.meta["val"]):
+        return writing.finish(writing.emitter.call(group_norm, *given))
+    return writing.finish(writing.emitter.call(aten.group_norm.default, *given, True))
 
 
 def _layer(writing: Writing, state: BatchState) -> fx.Node:

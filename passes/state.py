@@ -102,6 +102,7 @@ def write_updates(
     """New values of buffers from moments along ``channels``."""
     found = writing.match
     ((mean_base, _),) = found.moments.mean.terms.items()
+    ((square_base, _),) = found.moments.square.terms.items()
     for update in state.updates:
         emitter = writing.along(update.dims)
         emitter.reusable = {}  # the user's own update is what this one replaces
@@ -109,11 +110,12 @@ def write_updates(
             emitter.place(emitter.call(aten.detach.default, node), channels)
             for node, _ in given.values()
         )
-        factor = given["variance"][1]
+        spread = emitter.times(variance, emitter.tensor(given["variance"][1]))
         emitter.given[mean_base[0][0]] = lambda mean=mean: mean  # type: ignore[misc]
-        emitter.variances.append(
-            (found.moments, lambda e=emitter, v=variance, f=factor: e.times(v, e.tensor(f)))  # type: ignore[misc]
+        emitter.given[square_base[0][0]] = lambda e=emitter, m=mean, v=spread: e.plus(  # type: ignore[misc]
+            v, e.power(m, 2)
         )
+        emitter.variances.append((found.moments, lambda spread=spread: spread))  # type: ignore[misc]
         value = emitter.tensor(update.value)
         if not isinstance(value, fx.Node):
             raise Unwritable("a buffer that becomes a constant")
@@ -129,12 +131,12 @@ def updates_of(
     Args:
         reading: the meanings of the graph.
         found: the site.
-        candidates: (buffer, new value) of the graph, and (None, value) of what it returns.
+        candidates: (buffer, new value) and (None, returned value), made of moments of its tensor.
     """
     updates = []
     for buffer, node in candidates:
         meaning = reading.formula(node)
-        if meaning is None or found.linear.source not in reading.ring.moments(meaning.value):
+        if meaning is None:
             continue
         if reading.ring.raw(meaning.value) & reading.anchors:
             continue

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.algebra import Match, Reading
+from bnrewrite.algebra import Match, Reading, chain
+from bnrewrite.algebra.anchors import REDUCTIONS
 from bnrewrite.algebra.axes import Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.calls import CASTS, arguments_of, dtype_of, is_tensor, name_of
 from bnrewrite.algebra.expression import Polynomial
@@ -44,7 +45,7 @@ class Writing:
         self.reading = reading
         self.layout = layout or split_layout(match.linear.index, match.over)
         self.result_dtype = dtype_of(match.node)
-        self.dtype = compute_dtype(reading, match.node)
+        self.dtype = compute_dtype(reading, match)
         self.emitter = Emitter(reading, match.node, self.layout, self.dtype)
         self.emitter.reusable = reusable
         self.emitter._symbols = dict(sizes)
@@ -127,6 +128,11 @@ class Writing:
             node = current(self.match.linear.source)
             self._input = self.emitter.place(self.cast(node, self.dtype), self.match.linear.index)
         return self._input
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether V and E[x] are written already."""
+        return bool(self._moments)
 
     def moments(self, stopped: bool = False) -> tuple[fx.Node, fx.Node]:
         """V and E[x] in the layout; ``stopped``: without a gradient."""
@@ -221,11 +227,19 @@ class Writing:
         return self.emitter.call(aten.permute.default, node, back)
 
 
-def compute_dtype(reading: Reading, node: fx.Node) -> torch.dtype:
-    """The dtype that the user computes a site in: before the cast, where the site ends in one."""
+def compute_dtype(reading: Reading, found: Match) -> torch.dtype:
+    """The dtype that the user computes a site in: before a cast at its end, that of its statistics.
+
+    Half-precision code that takes its statistics in float32 is computed in float32.
+    """
+    node = found.node
     if node in reading.sealed and name_of(node) in CASTS:
-        return dtype_of(arguments_of(node)["self"])
-    return dtype_of(node)
+        node = arguments_of(node)["self"]
+    dtype = dtype_of(node)
+    for each in chain(reading, found):
+        if name_of(each) in REDUCTIONS and is_tensor(each):
+            dtype = torch.promote_types(dtype, dtype_of(each))
+    return dtype
 
 
 def _hint(stride: int | torch.SymInt) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.lifetime import may_alias
-from bnrewrite.kernels.frozen import frozen_batch_norm
+from bnrewrite.kernels import KERNELS
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ _KEEP_INPUTS = frozenset(
         aten.layer_norm.default,
         aten.mul.Tensor,
         aten.sub.Tensor,
-        frozen_batch_norm,
+        *KERNELS,
     }
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.kernels.frozen import frozen_batch_norm
+from bnrewrite.kernels import KERNELS
 
 _DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
 
@@ -62,7 +62,7 @@ def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
 
 def may_alias(node: fx.Node) -> bool:
     """Whether a node's value may share the memory of its input."""
-    if node.target is frozen_batch_norm:
+    if node.target in KERNELS:
         return False
     schema: Any = getattr(node.target, "_schema", None)
     if schema is None:
@@ -74,4 +74,4 @@ def _has_schema(node: fx.Node) -> bool:
     """Whether a node is one of those that a canonical graph is made of."""
     if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
         return True
-    return node.target in (frozen_batch_norm, torch._C._set_grad_enabled, operator.getitem)
+    return node.target in {*KERNELS, torch._C._set_grad_enabled, operator.getitem}
