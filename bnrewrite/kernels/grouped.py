@@ -52,7 +52,7 @@ def _is_centred(x: Tensor, groups: int) -> bool:
         return False
     with torch.no_grad():
         rows, columns = (max(1, min(LARGEST_STEP, size // 4)) for size in x.shape[-2:])
-        sample = x[..., ::rows, ::columns]
+        sample = x[..., rows // 2 :: rows, columns // 2 :: columns]
         mean, square = (_by_group(each, groups) for each in (sample, sample * sample))
         limit = LARGEST_MEAN**2 / (1 + LARGEST_MEAN**2)
         return bool((mean * mean <= square * limit).all())

@@ -1,0 +1,204 @@
+"""Formulas whose parts are like numbers: the digits that the user's order of operations keeps.
+
+Float64 cannot tell an order of operations from another; float32 beside a large mean can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract import contract_violations
+from torch import Tensor, nn
+from torch.nn.functional import group_norm as native_group_norm
+
+from bnrewrite import explain, optimize
+from bnrewrite.kernels.grouped import group_norm
+
+KEEP: dict[str, Any] = {"dim": -1, "keepdim": True}
+
+
+class Formula(nn.Module):
+    """A function of one tensor, of two buffers and of two parameters."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("variance", torch.ones(8))
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.bias = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def optimised(model: nn.Module) -> Any:
+    return optimize(model, backend="eager")
+
+
+def draw(*shape: int, mean: float = 100.0, spread: float = 1.0) -> list[Tensor]:
+    return [spread * torch.randn(shape) + mean for _ in range(3)]
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(**KEEP)) / (x.std(**KEEP) + 1e-3)
+
+
+def central(x: Tensor, order: int) -> Tensor:
+    return (x - x.mean(**KEEP)).pow(order).mean(**KEEP)
+
+
+def by_clamped_square(_: Formula, x: Tensor) -> Tensor:
+    centred = x - x.mean(**KEEP).detach()
+    return centred / centred.pow(2).mean(**KEEP).clamp(min=1e-3).sqrt()
+
+
+CANCELLING: dict[str, Callable[[Formula, Tensor], Tensor]] = {
+    "times the fourth moment": lambda _, x: standardised(x) * central(x, 4),
+    "plus the third moment": lambda _, x: standardised(x) + central(x, 3),
+    "times a distance of means": lambda m, x: (
+        standardised(x) * (x.mean(**KEEP) - 99.0 - m.mean[0]).pow(2)
+    ),
+    "over the clamped square about a detached mean": by_clamped_square,
+    "over the clamped fourth moment": lambda _, x: (
+        (x - x.mean(**KEEP)) / central(x, 4).clamp(min=0.1)
+    ),
+    "over the third moment's magnitude": lambda _, x: (
+        (x - x.mean(**KEEP)) / (central(x, 3).abs() + 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+def test_powers_of_differences_are_not_expanded(name: str) -> None:
+    model = Formula(CANCELLING[name])
+    assert explain(model, draw(6, 64)[0]).sites
+    assert contract_violations(model, optimised, draw(6, 64)) == []
+
+
+def in_groups(m: Formula, x: Tensor) -> Tensor:
+    n, c, *sides = x.shape
+    groups = x.reshape(n, 4, c // 4, *sides)
+    inside = list(range(2, groups.dim()))
+    centre = groups.mean(inside, keepdim=True)
+    spread = groups.var(inside, keepdim=True, unbiased=False)
+    y = ((groups - centre) / torch.sqrt(spread + 1e-5)).reshape(n, c, *sides)
+    along = (1, -1, *[1] * len(sides))
+    return y * m.weight.view(along) + m.bias.view(along)
+
+
+def rows_of_channels(m: Formula, x: Tensor) -> Tensor:
+    """An instance norm of (N, H, W, C)."""
+    centre = x.mean((1, 2), keepdim=True)
+    spread = (x - centre).pow(2).mean((1, 2), keepdim=True)
+    return (x - centre) * torch.rsqrt(spread + 1e-5) * m.weight + m.bias
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("shape", [(2, 8, 12, 10), (2, 8, 3, 6, 5)])
+def test_groups_of_dense_channels(mean: float, shape: tuple[int, ...]) -> None:
+    dense = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    batches = [x.contiguous(memory_format=dense) for x in draw(*shape, mean=mean)]
+    assert contract_violations(Formula(in_groups), optimised, batches) == []
+    (site,) = explain(Formula(in_groups), batches[0]).sites
+    assert (site.kind, site.lowering) == ("group_norm", "native")
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_instances_of_dense_channels(mean: float) -> None:
+    batches = draw(2, 12, 10, 8, mean=mean)
+    assert contract_violations(Formula(rows_of_channels), optimised, batches) == []
+
+
+def test_a_sample_that_is_unlike_the_rest_is_in_the_variance() -> None:
+    x = torch.randn(2, 8, 32, 32) + 500
+    x[..., 4::8, 4::8] = torch.randn(2, 8, 4, 4)
+    dense = x.contiguous(memory_format=torch.channels_last)
+    error = (group_norm(dense, 4, None, None, 1e-5) - native_group_norm(x.double(), 4)).abs()
+    assert error.max() < 1e-3  # of outputs as large as 8, where a mean of 500 alone gives 0.5
+
+
+def float_statistics_of_half(m: Formula, x: Tensor) -> Tensor:
+    wide = x.float()
+    mean, variance = wide.mean(0), wide.var(0, unbiased=False)
+    with torch.no_grad():
+        m.mean.mul_(0.9).add_(0.1 * mean)
+        m.variance.mul_(0.9).add_(0.1 * variance)
+    return (x - mean.to(x.dtype)) / (variance.sqrt() + 1e-3).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_are_taken_in_the_users_dtype(dtype: torch.dtype) -> None:
+    batches = [x.to(dtype) for x in draw(32, 8, mean=0, spread=400)]
+    assert contract_violations(Formula(float_statistics_of_half), optimised, batches) == []
+
+
+def test_half_rows_over_the_root_of_their_squares() -> None:
+    model = Formula(lambda _, x: x / (x * x).sum(**KEEP).sqrt())
+    batches = [x.half() for x in draw(8, 64, mean=0, spread=25)]
+    assert contract_violations(model, optimised, batches) == []
+
+
+def square_beside(_: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
+    square = x.pow(2).mean(**KEEP)
+    return x / (square.sqrt() + 0.1), square.detach()
+
+
+def square_under_no_grad(_: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        square = x.pow(2).mean(-1)
+    return (x - x.mean(**KEEP)) / (x.std(**KEEP) + 0.1), square
+
+
+@pytest.mark.parametrize("function", [square_beside, square_under_no_grad])
+def test_a_returned_statistic_stays_detached(function: Callable[..., Any]) -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    _, statistic = optimised(Formula(function))(x)
+    assert not statistic.requires_grad
+    torch.testing.assert_close(statistic, Formula(function)(x)[1])
+
+
+BIASED: dict[str, Callable[[Formula, Tensor], Tensor]] = {
+    "rows": lambda m, x: (
+        (x - x.mean(**KEEP)) / torch.sqrt(x.var(**KEEP, unbiased=False) + 1e-5) + m.bias
+    ),
+    "batch": lambda m, x: (x - x.mean(0)) / torch.sqrt(x.var(0, unbiased=False) + 1e-5) + m.bias,
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_second_derivatives_where_there_is_a_bias_alone(name: str) -> None:
+    x = torch.randn(6, 8, dtype=torch.float64)
+    model = Formula(BIASED[name]).double()
+
+    def second(call: Any) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(call(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), leaf)[0]
+
+    expected = second(model)
+    torch.testing.assert_close(second(optimised(model)), expected)
+
+
+def test_a_constant_channel_without_eps_is_not_a_number() -> None:
+    model = Formula(lambda _, x: (x - x.mean(0)) / x.std(0, unbiased=False))
+    x = torch.randn(6, 8)
+    x[:, 3] = 2.0
+    assert optimised(model)(x)[:, 3].isnan().all()
+
+
+def test_a_size_that_becomes_zero() -> None:
+    def formula(_: Formula, x: Tensor) -> Tensor:
+        centred = x - x.mean(**KEEP)
+        return centred / (centred.square().sum(**KEEP) / (x.shape[-1] - 2) + 0.1).sqrt()
+
+    model = optimize(Formula(formula), backend="eager", dynamic=True)
+    for size in (5, 7, 2):
+        x = torch.randn(4, size)
+        torch.testing.assert_close(model(x), Formula(formula)(x))
