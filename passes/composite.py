@@ -7,16 +7,14 @@ Leaves alone: coefficients as large as the tensor itself.
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 from torch import fx
 
 from bnrewrite.algebra import centre
-from bnrewrite.algebra.calls import dtype_of, is_tensor
+from bnrewrite.algebra.calls import dtype_of
 from bnrewrite.algebra.expression import ZERO, Polynomial, added, scaled
 
 from .costs import has_fast_norm
-from .emitter import Unwritable, Value, aten
+from .nodes import Unwritable, Value, aten, holds_tensor
 from .writing import Writing
 
 MAKE_NEW = (aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor)
@@ -97,7 +95,7 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
             divisor = emitter.tensor(writing.reading.ring.power(scale, -1))
             return emitter.plus(emitter.over(x, divisor), emitter.tensor(shift))
     factor, offset = emitter.tensor(scale), emitter.tensor(shift)
-    if not (_is_tensor(x) and _is_tensor(factor) and _is_tensor(offset)):
+    if not (holds_tensor(x) and holds_tensor(factor) and holds_tensor(offset)):
         return emitter.plus(_product(writing, x, factor), offset)
     if writing.in_place and (_repeats_inside(x, factor) or _is_own(writing, x, factor)):
         return emitter.call(aten.add_.Tensor, _product(writing, x, factor), offset)
@@ -105,22 +103,18 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
 
 
 def _product(writing: Writing, x: Value, factor: Value) -> Value:
-    if writing.in_place and _is_tensor(factor) and _is_own(writing, x, factor):
+    if writing.in_place and holds_tensor(factor) and _is_own(writing, x, factor):
         return writing.emitter.call(aten.mul_.Tensor, x, factor)
     return writing.emitter.times(x, factor)
 
 
 def _is_own(writing: Writing, x: Value, factor: fx.Node) -> bool:
     """Whether x is a tensor that the lowering made itself and that no backward needs."""
-    if not _is_tensor(x) or x is writing.input() or x.target not in MAKE_NEW or x.users:
+    if not holds_tensor(x) or x is writing.input() or x.target not in MAKE_NEW or x.users:
         return False
     if dtype_of(factor) != dtype_of(x):
         return False
     return not writing.reading.ring.differentiable(writing.match.node)
-
-
-def _is_tensor(value: Value) -> TypeGuard[fx.Node]:
-    return isinstance(value, fx.Node) and is_tensor(value)
 
 
 def _repeats_inside(x: fx.Node, factor: fx.Node) -> bool:

@@ -23,7 +23,7 @@ from torch import fx
 from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.axes import Axis, Dims
 
-from .emitter import current
+from .nodes import current
 
 LONGEST_NORM = 4096
 SMALLEST_RMS = 16384  # elements; below, the number of operations counts

@@ -18,7 +18,7 @@ from bnrewrite.algebra.frozen import frozen
 from bnrewrite.algebra.site import Linear
 from bnrewrite.kernels.frozen import frozen_batch_norm
 
-from .emitter import aten
+from .nodes import aten
 from .writing import Writing, compute_dtype, flat
 
 

@@ -20,8 +20,9 @@ from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
 
 from .composite import write_composite
-from .emitter import Reusable, Unwritable, Value
+from .emitter import Reusable
 from .native import layout_of, write_native
+from .nodes import Sizes, Unwritable
 from .rewriting import Decision, Refusal, Rewriting
 from .state import BatchState, Update, updates_of, write_updates
 from .writing import Writing
@@ -58,7 +59,7 @@ class _Statistics:
         self.placeholders = {n.name: n for n in rewriting.placeholders()}
         self.known: Reusable = {}
         self.direct: set[fx.Node] = set()
-        self.sizes: dict[Any, Value] = {}
+        self.sizes: Sizes = {}
         self.made_of = self._values(rewriting)
 
     def _values(self, rewriting: Rewriting) -> dict[Any, dict[fx.Node, fx.Node | None]]:

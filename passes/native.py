@@ -24,8 +24,8 @@ from bnrewrite.algebra.match import Match
 from bnrewrite.algebra.meaning import Reading
 from bnrewrite.kernels.grouped import group_norm, has_dense_channels
 
-from .emitter import Value, aten
 from .frozen import frozen_layout, write_frozen
+from .nodes import Value, aten
 from .state import BatchState
 from .writing import Writing, flat
 

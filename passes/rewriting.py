@@ -110,6 +110,8 @@ class Pass(Protocol):
     @property
     def name(self) -> str:
         """The name by which a user switches the pass off."""
+        ...
 
     def run(self, rewriting: Rewriting) -> None:
         """Change the rewriting in place."""
+        ...

@@ -29,7 +29,7 @@ from bnrewrite.algebra.expression import (
 )
 from bnrewrite.algebra.match import Match
 
-from .emitter import Unwritable, aten
+from .nodes import Unwritable, aten
 from .writing import Writing
 
 

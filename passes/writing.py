@@ -18,7 +18,8 @@ from bnrewrite.algebra.expression import Polynomial
 from bnrewrite.algebra.site import Moments
 
 from .costs import has_fast_norm, may_choose_norm
-from .emitter import Emitter, Reusable, Unit, Unwritable, Value, aten, current, split_layout
+from .emitter import Emitter, Reusable, Unit
+from .nodes import Sizes, Unwritable, Value, aten, current, split_layout
 
 
 class Writing:
@@ -35,7 +36,7 @@ class Writing:
         reading: Reading,
         match: Match,
         reusable: Reusable,
-        sizes: dict[Any, Value],
+        sizes: Sizes,
         layout: Dims | None = None,
         *,
         in_place: bool = False,
@@ -46,9 +47,7 @@ class Writing:
         self.layout = layout or split_layout(match.linear.index, match.over)
         self.result_dtype = dtype_of(match.node)
         self.dtype = compute_dtype(reading, match)
-        self.emitter = Emitter(reading, match.node, self.layout, self.dtype)
-        self.emitter.reusable = reusable
-        self.emitter._symbols = dict(sizes)
+        self.emitter = Emitter(reading, match.node, self.layout, self.dtype, reusable, dict(sizes))
         self.emitter.sizes_of(match.linear.source)
         self._moments: dict[bool, tuple[fx.Node, fx.Node]] = {}
         self._square: dict[bool, fx.Node] = {}
@@ -165,10 +164,8 @@ class Writing:
 
     def along(self, dims: Dims) -> Emitter:
         """An emitter for tensors that run along some of the axes only."""
-        emitter = Emitter(self.reading, self.match.node, dims, self.dtype)
-        emitter._symbols = self.emitter._symbols
-        emitter.reusable = self.emitter.reusable
-        return emitter
+        reusable, sizes = self.emitter.reusable, self.emitter.sizes
+        return Emitter(self.reading, self.match.node, dims, self.dtype, reusable, sizes)
 
     def vector(self, value: Polynomial, dims: Dims, neutral: int, dtype: torch.dtype) -> Any:
         """A weight or bias of exactly the shape of ``dims``; None where it is neutral."""

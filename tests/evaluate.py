@@ -24,7 +24,7 @@ from bnrewrite.algebra.ring import Ring
 
 Point = Mapping[Axis, int]
 
-FUNCTIONS: dict[str, Callable[..., float]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "root": lambda x: math.sqrt(max(x, 0.0)), "abs": abs, "maximum": max, "minimum": min,
     "clamp_min": max, "clamp_max": min, "exp": math.exp, "log": math.log,
 }  # fmt: skip

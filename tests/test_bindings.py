@@ -40,7 +40,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "padding": lambda: functional.pad(IMAGE, (1, 2, 0, 1), mode="reflect"),
     "embedding": lambda: functional.embedding(CLASSES, X, padding_idx=0),
     "joined": lambda: torch.cat([X, Y], 1).split(3, 1),
-    "attention": lambda: functional.scaled_dot_product_attention(*[IMAGE] * 3, is_causal=True),
+    "attention": lambda: functional.scaled_dot_product_attention(
+        IMAGE, IMAGE, IMAGE, is_causal=True
+    ),
     "interpolation": lambda: functional.interpolate(IMAGE, scale_factor=2, mode="bilinear"),
     "batch norm": lambda: functional.batch_norm(IMAGE, torch.zeros(4), torch.ones(4), eps=1e-3),
     "group norm": lambda: functional.group_norm(IMAGE, 2) + functional.layer_norm(IMAGE, (6, 6)),

@@ -76,8 +76,8 @@ def test_a_spelling_in_another_dtype(row: Spelling, dtype: str) -> None:
     assert [site.status for site in explain(model, batches[0]).sites] == ["rewritten"]
 
 
-@rows("dynamic")
-def test_a_spelling_with_a_batch_that_grows(row: Spelling) -> None:
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in TABLE])
+def test_a_spelling_with_symbolic_sizes_and_a_batch_that_grows(row: Spelling) -> None:
     batches = row.batches(4, grow=1)
     assert contract_violations(row.build(), lambda m: recording(m, True), batches) == []
     assert len(RECORDED) <= 2  # one of training, one of evaluation

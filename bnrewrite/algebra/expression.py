@@ -39,9 +39,7 @@ class Polynomial:
     def key(self) -> tuple[object, ...]:
         """A hashable form: equal formulas have equal keys."""
         if self._key is None:
-            self._key = tuple(
-                sorted(((m, rounded(c)) for m, c in self.terms.items()), key=lambda item: item[0])
-            )
+            self._key = tuple((m, rounded(self.terms[m])) for m in sorted(self.terms))
         return self._key
 
     def __eq__(self, other: object) -> bool:

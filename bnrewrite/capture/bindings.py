@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_PLACES: tuple[Any, ...] = (torch, torch._C._nn, vars(torch._C)["_linalg"])
+_PLACES: tuple[Any, ...] = (torch, *(vars(torch._C)[name] for name in ("_nn", "_linalg")))
 
 
 def call_by_bindings(module: fx.GraphModule) -> None:

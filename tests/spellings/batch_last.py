@@ -90,8 +90,8 @@ SCALED = Family(
 )
 
 TABLE = (
-    Spelling(last_mean_and_var, CHANNELS_LAST, also=("float64", "dynamic")),
-    Spelling(last_as_rows, CHANNELS_LAST, also=("dynamic",)),
+    Spelling(last_mean_and_var, CHANNELS_LAST, also=("float64",)),
+    Spelling(last_as_rows, CHANNELS_LAST),
     Spelling(last_distributed, CHANNELS_LAST),
     Spelling(plain, PLAIN, also=("bfloat16",)),
     Spelling(plain_distributed, PLAIN),

@@ -131,14 +131,14 @@ FROZEN_CENTRED = replace(FROZEN, name="frozen batch norm, centred first")
 TABLE = (
     Spelling(standardised, WEIGHT, also=("float64", "bfloat16", "backend")),
     Spelling(standardised_var_mean, WEIGHT, also=("inductor",)),
-    Spelling(standardised_means_of_means, WEIGHT, also=("dynamic",)),
+    Spelling(standardised_means_of_means, WEIGHT),
     Spelling(standardised_rows, WEIGHT),
     Spelling(outer_eps_means_of_means, OUTER_WEIGHT, also=("float64",)),
     Spelling(outer_eps_std_mean, OUTER_WEIGHT),
     Spelling(scaled_standardised, SCALED_WEIGHT, parameters={"weight": (4, 1, 1, 1)}),
     Spelling(scaled_through_batch_norm, SCALED_WEIGHT, also=("float64",)),
-    Spelling(frozen_scale_and_shift, FROZEN, also=("float64", "bfloat16", "dynamic", "backend")),
-    Spelling(frozen_centred, FROZEN_CENTRED, also=("dynamic",)),
+    Spelling(frozen_scale_and_shift, FROZEN, also=("float64", "bfloat16", "backend")),
+    Spelling(frozen_centred, FROZEN_CENTRED),
     Spelling(frozen_vectors_first, FROZEN, also=("inductor",)),
     Spelling(frozen_expanded, FROZEN_CENTRED, parameters={"weight": (6, 1, 1), "bias": (6, 1, 1)}),
 )

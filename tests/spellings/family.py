@@ -56,7 +56,7 @@ class Spelling:
         axes: reduced axes, where they are not the family's.
         parameters: shapes that differ from the family's plain ones.
         buffers: shapes that differ from the family's plain ones.
-        also: further ways to check it: "float64", "bfloat16", "float16", "dynamic", "backend"
+        also: further ways to check it: "float64", "bfloat16", "float16", "backend"
             (torch.compile with the entry point), "inductor".
     """
 

@@ -149,8 +149,8 @@ INSTANCE_PLAIN = Family(
 GROUP = Family("group norm", ("group_norm",), native_group, IMAGE, None, EPS, AFFINE)
 
 TABLE = (
-    Spelling(instance_mean_and_var, INSTANCE, parameters=FULL, also=("float64", "dynamic")),
-    Spelling(instance_flattened, INSTANCE, also=("bfloat16", "dynamic")),
+    Spelling(instance_mean_and_var, INSTANCE, parameters=FULL, also=("float64",)),
+    Spelling(instance_flattened, INSTANCE, also=("bfloat16",)),
     Spelling(instance_rows, INSTANCE, also=("backend",)),
     Spelling(instance_one_axis_at_a_time, INSTANCE, parameters=PLANES),
     Spelling(instance_sums, INSTANCE, parameters=PLANES),
@@ -158,10 +158,10 @@ TABLE = (
     Spelling(instance_volume, INSTANCE, shape=(2, 6, 3, 2, 4), axes=(2, 3, 4)),
     Spelling(instance_plain, INSTANCE_PLAIN),
     Spelling(instance_plain_rows, INSTANCE_PLAIN),
-    Spelling(group_view_of_five, GROUP, parameters=FULL, also=("float64", "dynamic", "inductor")),
-    Spelling(group_view_of_three, GROUP, also=("bfloat16", "backend", "dynamic")),
+    Spelling(group_view_of_five, GROUP, parameters=FULL, also=("float64", "inductor")),
+    Spelling(group_view_of_three, GROUP, also=("bfloat16", "backend")),
     Spelling(group_rows, GROUP, also=("float16",)),
     Spelling(group_affine_in_groups, GROUP, also=("float64",)),
     Spelling(group_distributed, GROUP, parameters=PLANES),
-    Spelling(group_sequence, GROUP, shape=(4, 6, 7), also=("dynamic",)),
+    Spelling(group_sequence, GROUP, shape=(4, 6, 7)),
 )

@@ -203,7 +203,7 @@ RESPONSE = replace(RESPONSE, alone=MASKED)
 TABLE = (
     Spelling(updated_statistics_rebound, UPDATED, also=("float64", "backend")),
     Spelling(updated_statistics_spelled_out, UPDATED),
-    Spelling(annotated, OUTSIDE, also=("float64", "bfloat16", "dynamic")),
+    Spelling(annotated, OUTSIDE, also=("float64", "bfloat16")),
     Spelling(annotated_from_variance, OUTSIDE),
     Spelling(annotated_from_sums, OUTSIDE),
     Spelling(corrected_twice, TWICE, also=("float64",)),

@@ -277,19 +277,19 @@ FULL = {"running_mean": (1, 6, 1, 1), "running_var": (1, 6, 1, 1)}
 FULL_AFFINE = {"weight": (1, 6, 1, 1), "bias": (1, 6, 1, 1)}
 
 TABLE = (
-    Spelling(rebound_without_detach, RUNNING, also=("float64", "dynamic", "backend")),
+    Spelling(rebound_without_detach, RUNNING, also=("float64", "backend")),
     Spelling(rebound_with_detach, RUNNING, also=("bfloat16",)),
-    Spelling(rebound_under_no_grad, RUNNING, also=("dynamic",)),
+    Spelling(rebound_under_no_grad, RUNNING),
     Spelling(copied_under_no_grad, RUNNING, also=("float64",)),
     Spelling(multiplied_and_added, RUNNING, also=("inductor", "backend", "float16")),
-    Spelling(multiplied_and_added_detached, RUNNING, also=("dynamic",)),
+    Spelling(multiplied_and_added_detached, RUNNING),
     Spelling(multiplied_and_added_leaking, RUNNING),
     Spelling(lerped_in_place, RUNNING, also=("float64",)),
     Spelling(lerped_and_rebound, RUNNING),
     Spelling(through_data, RUNNING),
     Spelling(moved_towards, RUNNING),
     Spelling(statistics_under_no_grad, RUNNING),
-    Spelling(updated_after_the_output, RUNNING, also=("dynamic",)),
+    Spelling(updated_after_the_output, RUNNING),
     Spelling(full_shape_buffers, RUNNING, parameters=FULL_AFFINE, buffers=FULL, also=("inductor",)),
     Spelling(biased_variance_remembered, BIASED, also=("float64",)),
     Spelling(biased_variance_in_place, BIASED, buffers=FULL),
