@@ -16,7 +16,7 @@ from bnrewrite.algebra.calls import dtype_of, shape_of
 from bnrewrite.algebra.expression import Atom, Polynomial
 from bnrewrite.algebra.frozen import frozen
 from bnrewrite.algebra.site import Linear
-from bnrewrite.kernels.frozen import frozen_batch_norm
+from bnrewrite.kernels import frozen_batch_norm
 
 from .nodes import aten
 from .writing import Writing, compute_dtype, flat

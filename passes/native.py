@@ -22,7 +22,7 @@ from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import ONE, ZERO, Polynomial
 from bnrewrite.algebra.match import Match
 from bnrewrite.algebra.meaning import Reading
-from bnrewrite.kernels.grouped import group_norm, has_dense_channels
+from bnrewrite.kernels import batch_norm, group_norm, has_dense_channels
 
 from .frozen import frozen_layout, write_frozen
 from .nodes import Value, aten
@@ -145,18 +145,12 @@ def _batch(writing: Writing, state: BatchState) -> fx.Node:
     channels = flat(tuple(tuple(a for a in d if a not in found.over) for d in writing.layout))
     x, weight, bias = _inputs(writing, channels)
     mean, variance, momentum = state.before(writing, channels)
-    y = writing.emitter.call(
-        aten.batch_norm.default,
-        x,
-        weight,
-        bias,
-        mean,
-        variance,
-        True,
-        momentum,
-        _eps(writing),
-        True,
-    )
+    given = (x, weight, bias, mean, variance)
+    if has_dense_channels(x.meta["val"]):
+        y = writing.emitter.call(batch_norm, *given, momentum, _eps(writing))
+    else:
+        native = aten.batch_norm.default
+        y = writing.emitter.call(native, *given, True, momentum, _eps(writing), True)
     state.after(writing, channels, mean, variance)
     return writing.finish(y)
 

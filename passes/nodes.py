@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 
 from bnrewrite.algebra.axes import Axis, Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.expression import Exponent, Number
+from bnrewrite.kernels import KERNELS
 
 aten = torch.ops.aten
 Value = fx.Node | float | int
@@ -26,6 +27,7 @@ SCALAR_ARGUMENTS = (
     aten.layer_norm.default,
     aten.group_norm.default,
     aten.rms_norm.default,
+    *KERNELS,
 )
 
 

@@ -39,7 +39,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "pooling": lambda: functional.max_pool2d(IMAGE, 2) + functional.avg_pool2d(IMAGE, 2),
     "padding": lambda: functional.pad(IMAGE, (1, 2, 0, 1), mode="reflect"),
     "embedding": lambda: functional.embedding(CLASSES, X, padding_idx=0),
-    "joined": lambda: torch.cat([X, Y], 1).split(3, 1),
+    "joined": lambda: torch.split(torch.cat([X, Y], 1), 3, 1),
     "attention": lambda: functional.scaled_dot_product_attention(
         IMAGE, IMAGE, IMAGE, is_causal=True
     ),

@@ -42,6 +42,9 @@ SQUARES = frozenset((
 FORWARD = 48  # how many nodes on a reduction is followed to the tensor that it scales
 STEPS = 24  # how many tensors back a statistic is still about the tensor that it scales
 
+PLAIN_BITS = 8  # a factor of so many bits is no matter of range where squares are taken
+SUMMED_BITS = 24  # ... and where there are none; a mean may be a sum of x / n
+
 FOLLOWED = SAME | CASTS | REDUCTIONS | TAKES_APART | {"getitem", "cat", "stack"}
 
 
@@ -51,6 +54,7 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
         fx.Node, float
     ] = {}  # reductions and what is computed from them: elements reduced
     found: set[fx.Node] = set()
+    own: list[tuple[fx.Node, fx.Node]] = []
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -62,14 +66,22 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
                 base = _base(operand, statistic, degree)
                 if base is not None:
                     found.add(base)
+                elif degree > 1 or name_of(operand) in ("pow", "square", "mul"):
+                    own.append((node, operand))
             if _scales_more(node):
-                statistic[node] = max((_extent(n) for n in _operands(node)), default=0)
+                statistic[node] = max((elements(n) for n in _operands(node)), default=0)
             continue
         reduced = [statistic[n] for n in inputs if n in statistic]
         if reduced and (
-            all(n in statistic or _extent(n) <= 1 for n in inputs) or _extent(node) < max(reduced)
+            all(n in statistic or elements(n) <= 1 for n in inputs) or elements(node) < max(reduced)
         ):
             statistic[node] = max(reduced)
+    for reduction, operand in own:
+        if _scales_itself(reduction, statistic):
+            smaller = {n: e for n, e in statistic.items() if elements(n) < elements(operand)}
+            base = _base(operand, smaller, 2)
+            if base is not None:
+                found.add(base)
     return frozenset(found)
 
 
@@ -78,7 +90,19 @@ def _scales_more(reduction: fx.Node) -> bool:
 
     If it is not it is no statistic but a new tensor: a pooled one, a weighted sum.
     """
-    own = max(_extent(reduction), 1)
+    return bool(_scaled_by(reduction))
+
+
+def _scales_itself(reduction: fx.Node, statistic: dict[fx.Node, float]) -> bool:
+    """Whether all that a statistic of statistics scales are statistics: they are normalised."""
+    scaled = _scaled_by(reduction)
+    return bool(scaled) and all(node in statistic for node in scaled)
+
+
+def _scaled_by(reduction: fx.Node) -> list[fx.Node]:
+    """The first larger tensors that a reduction is combined with, element by element."""
+    own = max(elements(reduction), 1)
+    found: list[fx.Node] = []
     seen: set[fx.Node] = set()
     todo = list(reduction.users)
     while todo and len(seen) < FORWARD:
@@ -86,10 +110,11 @@ def _scales_more(reduction: fx.Node) -> bool:
         if node in seen or not _is_elementwise(node):
             continue
         seen.add(node)
-        if name_of(node) not in SAME and _extent(node) > own:
-            return True
-        todo += node.users
-    return False
+        if name_of(node) not in SAME and elements(node) > own:
+            found.append(node)
+        else:
+            todo += node.users
+    return found
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -174,8 +199,9 @@ def _base_of_binary(
     statistic: dict[fx.Node, float],
     degree: float,
 ) -> fx.Node | None:
-    if not isinstance(right, fx.Node) or not is_tensor(right):
-        return _base(left, statistic, degree)
+    if not is_tensor(right):
+        moves = _moves_digits(node, name, right, degree)
+        return node if moves else _base(left, statistic, degree)
     raised = 2 * degree if name == "mul" else degree
     bases = [_base(n, statistic, raised) for n in (left, right)]
     if name == "mul" and bases[0] is not None and bases[0] is bases[1]:
@@ -189,7 +215,23 @@ def _base_of_binary(
     return node
 
 
-def _extent(node: fx.Node) -> float:
+def _moves_digits(node: fx.Node, name: str, value: Any, degree: float) -> bool:
+    """Whether a number in front of a statistic decides which digits of the tensor it keeps.
+
+    ``x / 64`` keeps squares in range, ``x - 273`` takes away what all elements share: a statistic
+    of the bare x overflows where the user's does not, or loses the digits that tell x apart.
+    """
+    if isinstance(value, fx.Node):
+        value = getattr(getattr(value.meta.get("val"), "node", None), "hint", None)
+    if name in ("add", "sub", "rsub"):
+        return degree > 1 and value != 0
+    if not isinstance(value, (int, float)) or dtype_of(node) == torch.float16:
+        return True
+    bits = PLAIN_BITS if degree > 1 else SUMMED_BITS
+    return not 2.0**-bits <= abs(value) <= 2.0**bits
+
+
+def elements(node: fx.Node) -> float:
     """The number of elements, symbolic sizes by their example."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):

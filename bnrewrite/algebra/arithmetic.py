@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import cast
 
 import sympy
 
@@ -30,37 +31,38 @@ from .expression import (
     scaled,
 )
 from .interning import Interning
-from .signs import nonnegative, positive
+from .signs import is_extent_of_tensor, is_nonnegative_size, nonnegative, positive
 
 
 class Arithmetic(Interning):
     """Arithmetic over the bases of one graph."""
 
     def extent(self, size: Size) -> Polynomial:
-        """A size as a number or a positive symbol (products are taken apart)."""
+        """A size as a number or a symbol (products are taken apart)."""
         if isinstance(size, int):
             return number(size)
         if size.is_Integer:
             return number(int(size))
-        if size.is_Rational:
+        if isinstance(size, sympy.Rational):
             return number(Fraction(int(size.p), int(size.q)))
         if size.is_Float:
             return number(float(size))
         if size.is_Mul:
             result = ONE
             for factor in size.args:
-                result = self.multiply(result, self.extent(factor))
+                result = self.multiply(result, self.extent(cast(Size, factor)))
             return result
         if size.is_Add:
             result = ZERO
             for term in size.args:
-                result = added(result, self.extent(term))
+                result = added(result, self.extent(cast(Size, term)))
             return result
         if isinstance(size, sympy.Pow) and size.exp.is_Integer:
             return self.power(self.extent(size.base), int(size.exp))
+        sign = is_nonnegative_size(size)
         return self._single(
             ("extent", size),
-            lambda i: Extent(i, frozenset(), frozenset(), frozenset(), True, 0, size),
+            lambda i: Extent(i, frozenset(), frozenset(), frozenset(), sign, 0, size),
         )
 
     def count(self, axes: Iterable[Axis]) -> Polynomial:
@@ -119,6 +121,8 @@ class Arithmetic(Interning):
 
     def root(self, polynomial: Polynomial) -> Polynomial:
         """The square root whose gradient at zero is zero (``norm``, ``std``)."""
+        if not polynomial.terms:
+            return ZERO
         if positive(self, polynomial):
             return self.power(polynomial, Fraction(1, 2))
         if len(polynomial.terms) == 1:
@@ -171,7 +175,7 @@ class Arithmetic(Interning):
                 continue
             total = exact(old + exponent)
             base = self.bases[base_id]
-            flips = total == 0 or (old < 0) != (total < 0)
+            flips = (old < 0) != (exponent < 0)
             heals = isinstance(total, int) and not (
                 isinstance(old, int) and isinstance(exponent, int)
             )
@@ -201,11 +205,7 @@ class Arithmetic(Interning):
             return base.name in ("exp", "sigmoid") or (
                 base.name == "root" and positive(self, base.argument)
             )
-        return (
-            isinstance(base, Extent)
-            and isinstance(base.size, sympy.Symbol)
-            and base.size.name.startswith("s")
-        )
+        return isinstance(base, Extent) and is_extent_of_tensor(base.size)
 
     def _power_of_monomial(
         self, monomial: Monomial, coefficient: Number, exponent: Exponent
@@ -229,7 +229,9 @@ class Arithmetic(Interning):
         for base_id, old in monomial:
             base = self.bases[base_id]
             total = exact(old * exponent)
-            sound = base.nonnegative and (abs(old) == 1 or self.never_zero(base))
+            sound = base.nonnegative and (old in (1, -1) or self.never_zero(base))
+            if isinstance(total, int) and not isinstance(old, int) and not sound:
+                raise Opaque("the power of a root that may not exist")
             if sound or not isinstance(old, int):
                 result = self.multiply(result, self._power_of_base(base_id, total))
             else:

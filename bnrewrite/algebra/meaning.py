@@ -46,6 +46,8 @@ class Reading:
         piece: while a rule is applied to a concatenation: the operands' pieces.
         same: nodes that repeat an earlier one, with that one.
         chains: by site and tensor: the nodes that make its statistics.
+        gone: by node: tensors that it is computed from and that its formula lacks, ``0 * x``.
+        read: the operands of the node that is read at present.
     """
 
     ring: Ring
@@ -58,6 +60,8 @@ class Reading:
     piece: dict[fx.Node, Meaning] = field(default_factory=dict)
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
     chains: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = field(default_factory=dict)
+    gone: dict[fx.Node, frozenset[object]] = field(default_factory=dict)
+    read: set[fx.Node] = field(default_factory=set)
     _lineage: dict[object, frozenset[object]] = field(default_factory=dict)
     _parameters: dict[fx.Node, bool] = field(default_factory=dict)
 
@@ -67,7 +71,9 @@ class Reading:
 
     def sources(self, node: fx.Node) -> frozenset[object]:
         """The tensors that a node's formula is about, reduced or not; all its results together."""
-        formula = self.formula(node)
+        return self._sources(node, self.formula(node))
+
+    def _sources(self, node: fx.Node, formula: Meaning | None) -> frozenset[object]:
         values = [formula.value] if formula is not None else []
         for result in self.outputs.get(node, ()):
             if isinstance(result, Meaning):
@@ -75,6 +81,25 @@ class Reading:
         if node in self.joined:
             values += [piece.value for piece in self.joined[node].pieces]
         return frozenset().union(*(self.ring.moments(v) | self.ring.raw(v) for v in values))
+
+    def vanish(self, node: fx.Node) -> bool:
+        """Note what cancels at a node; returns whether its formula may stand for it nevertheless.
+
+        ``0 * w``, ``w - w`` and ``w ** 0`` have a gradient of zero, not none, and are NaN where w
+        is infinite. A tensor may vanish from a statistic, ``E[x - E[x]] = 0``, and come back: a
+        site is checked for it, and what the graph returns.
+        """
+        before = [self._sources(n, self.meanings.get(n)) for n in self.read]
+        before += [self.gone.get(n, frozenset()) for n in node.all_input_nodes
+                   if n not in self.sealed]  # fmt: skip
+        gone = frozenset().union(*before) - self.sources(node)
+        if not gone:
+            return True
+        self.gone[node] = gone
+        formula = self.formula(node)
+        raw = self.ring.raw(formula.value) if formula is not None else frozenset()
+        returned = any(user.op == "output" for user in node.users)
+        return gone <= self.anchors and not raw and not returned
 
     def repeat(self, node: fx.Node) -> None:
         """Give a node that repeats an earlier one what is known of that one."""
@@ -89,6 +114,8 @@ class Reading:
             self.joined[node] = self.joined[first]
         if first in self.narrowed:
             self.narrowed.add(node)
+        if first in self.gone:
+            self.gone[node] = self.gone[first]
 
     def derived(self, statistics: frozenset[object]) -> frozenset[object]:
         """The tensors that statistics are taken of, and what those are made of element by element.
@@ -111,6 +138,7 @@ class Reading:
     def operand(self, value: Any) -> Meaning:
         """The meaning of an argument: a node or a number."""
         if isinstance(value, fx.Node):
+            self.read.add(value)
             if value in self.piece:
                 return self.piece[value]
             if value not in self.meanings:
@@ -195,6 +223,7 @@ def _read_node(
     reading: Reading, node: fx.Node, semantics: dict[str, Semantics], *, stopped: bool
 ) -> None:
     value = node.meta.get("val")
+    reading.read = set()
     if node in reading.same:
         reading.repeat(node)
         return
@@ -218,14 +247,21 @@ def _read_node(
                 result = Meaning(result.dims, reading.ring.stop(result.value))
         except Opaque:
             result = None
-    if node in reading.anchors and isinstance(result, Meaning):
-        reading.sealed[node] = result
-        result = None
     if isinstance(result, tuple):
         reading.outputs[node] = result
+    elif result is not None and node in reading.anchors:
+        reading.sealed[node] = result
     elif result is not None:
         reading.meanings[node] = result
-    elif isinstance(value, torch.Tensor):
+    tables = (reading.outputs, reading.sealed, reading.meanings, reading.joined)
+    if any(node in table for table in tables) and not reading.vanish(node):
+        for table in (*tables, reading.gone):
+            table.pop(node, None)
+        if isinstance(value, torch.Tensor):
+            reading.meanings[node] = reading.atom(node)
+    if node in reading.meanings or node in reading.outputs:
+        return
+    if isinstance(value, torch.Tensor):
         reading.meanings[node] = _opaque(reading, node)
     elif isinstance(value, (torch.SymFloat, float)):
         reading.meanings[node] = Meaning((), reading.ring.atom(node, ()))

@@ -14,7 +14,7 @@ from .calls import COUNTS, is_tensor
 from .expression import Function, Polynomial, added, exact, number, scaled
 from .meaning import Meaning, Reading
 from .ring import Ring
-from .signs import nonnegative
+from .signs import nonnegative, positive
 
 Rule = Callable[[Reading, fx.Node, dict[str, Any]], Meaning]
 
@@ -142,14 +142,13 @@ def lerp(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 
 def exponential(ring: Ring, value: Polynomial) -> Polynomial:
-    """``exp``; ``exp(k log p + r) = p^k exp(r)`` for a p whose logarithm exists."""
+    """``exp``; ``exp(k log p + r) = p^k exp(r)`` for a p whose logarithm is finite."""
     result, rest = number(1), {}
     for monomial, coefficient in value.terms.items():
         base = ring.bases[monomial[0][0]] if len(monomial) == 1 else None
-        if isinstance(base, Function) and base.name == "log" and monomial[0][1] == 1:
+        logs = isinstance(base, Function) and base.name == "log" and monomial[0][1] == 1
+        if isinstance(base, Function) and logs and positive(ring, base.argument):
             exponent = exact(float(coefficient))
-            if isinstance(exponent, int) and not nonnegative(ring, base.argument):
-                raise Opaque("the exponential of a logarithm that may not exist")
             result = ring.multiply(result, ring.power(base.argument, exponent))
         else:
             rest[monomial] = coefficient

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from .anchors import elements
 from .axes import Opaque
 from .expression import Atom, Function, Monomial, Polynomial, Reduction, Sum, is_even
 from .match import Match, affine, lookalike, match
@@ -43,7 +44,7 @@ def find(reading: Reading, graph: fx.Graph) -> list[Match]:
 
 def _of_node(reading: Reading, node: fx.Node) -> Match | None:
     meaning = reading.formula(node)
-    if meaning is None or node.op != "call_function":
+    if meaning is None or node.op != "call_function" or node in reading.gone:
         return None
     ring = reading.ring
     statistics = ring.moments(meaning.value)
@@ -62,7 +63,7 @@ def _of_node(reading: Reading, node: fx.Node) -> Match | None:
             if divides_by_neighbour(reading, linear):
                 reason = "it divides by a statistic of another tensor than the one it centres"
                 return lookalike(ring, linear, reason)
-    return None
+    return _affine(reading, node)
 
 
 def divides_by_neighbour(reading: Reading, linear: Linear) -> bool:
@@ -162,10 +163,13 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
     for linear in linear_forms(reading, node):
         if not linear.shift.terms and not _divides_by_buffer(reading, linear.scale):
             continue
-        stored = ring.raw(linear.scale) | ring.raw(linear.shift)
+        reduced = ring.moments(linear.scale) | ring.moments(linear.shift)
+        stored = ring.raw(linear.scale) | ring.raw(linear.shift) | reduced
+        if not all(_is_of_input(reading, s, linear) for s in reduced):
+            continue
         if (
             stored
-            and ring.axes(linear.scale)
+            and (ring.axes(linear.scale) or _is_of_buffers(reading, linear))
             and all(is_stored(s) or s in reading.sealed for s in stored)
             and not reading.is_parameter(linear.source)
             and (_normalises(reading, linear.scale) or _shifts_first(linear))
@@ -176,6 +180,23 @@ def _affine(reading: Reading, node: fx.Node) -> Match | None:
                 return replace(found, kind="general", reason="its statistics are computed before")
             return found
     return None
+
+
+def _is_of_input(reading: Reading, source: object, linear: Linear) -> bool:
+    """Whether what a coefficient is a statistic of is given, and smaller than the tensor."""
+    return (
+        isinstance(source, fx.Node)
+        and not reading.is_parameter(source)
+        and elements(source) < elements(linear.source)
+        and linear.source not in reading.derived(frozenset((source,)))
+    )
+
+
+def _is_of_buffers(reading: Reading, linear: Linear) -> bool:
+    """Whether scale and shift have each a buffer of its own: one mean and one variance for all."""
+    ring = reading.ring
+    scale, shift = ring.raw(linear.scale), ring.raw(linear.shift)
+    return any(map(is_buffer, scale)) and any(map(is_buffer, shift - scale))
 
 
 def _is_computed(ring: Ring, source: object) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
+from .axes import Size
 from .expression import Extent, Monomial, Number, Polynomial, Reduction, is_even
 
 if TYPE_CHECKING:
@@ -63,10 +64,20 @@ def _is_positive_size(ring: Arithmetic, polynomial: Polynomial) -> bool:
             base = ring.bases[base_id]
             if not isinstance(base, Extent) or not isinstance(exponent, int) or exponent < 0:
                 return False
-            if not (isinstance(base.size, sympy.Symbol) and base.size.name.startswith("s")):
+            if not is_extent_of_tensor(base.size):
                 return False
         total += float(coefficient) * 2.0 ** sum(float(e) for _, e in monomial)
     return total > 0
+
+
+def is_extent_of_tensor(size: Size) -> bool:
+    """Whether a symbol is a tensor's own extent, at least 2; an integer of the call may be any."""
+    return isinstance(size, sympy.Symbol) and size.name.startswith("s") and bool(size.is_positive)
+
+
+def is_nonnegative_size(size: Size) -> bool:
+    """Whether a size cannot be below zero: ``n // 2`` of an extent, not ``(n - 9) // 2``."""
+    return bool(sympy.sympify(size).is_nonnegative)
 
 
 def _is_nonnegative(ring: Arithmetic, monomial: Monomial) -> bool:

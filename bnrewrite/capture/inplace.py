@@ -46,12 +46,21 @@ def restore_updates_in_place(canonical: fx.Graph, users: fx.Graph) -> None:
     """
     originals = {node.name: node for node in users.nodes}
     for node in canonical.nodes:
-        original = _original(node, originals)
-        if original is None or not _is_update(original):
-            continue
+        if not _follows_a_norm(node, originals):
+            original = _original(node, originals)
+            if original is None or not _is_update(original):
+                continue
         variant = _update_of(node.target)
         if variant is not None and _may_be_overwritten(node, originals):
             node.target = variant
+
+
+def _follows_a_norm(node: fx.Node, originals: Mapping[str, fx.Node]) -> bool:
+    """Whether a node is a ReLU of a norm that was rewritten: nobody else can see that result."""
+    given = node.args[0] if node.target is aten.relu.default else None
+    if not isinstance(given, fx.Node) or given.target not in _KEEP_INPUTS:
+        return False
+    return _original(given, originals) is None
 
 
 def _original(node: fx.Node, originals: Mapping[str, fx.Node]) -> fx.Node | None:

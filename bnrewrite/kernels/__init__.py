@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .batched import batch_norm
 from .frozen import frozen_batch_norm
 from .grouped import group_norm
+from .layout import has_dense_channels
+
+__all__ = ["KERNELS", "batch_norm", "frozen_batch_norm", "group_norm", "has_dense_channels"]
 
 # Each returns a new tensor, and a backward needs its inputs alone.
-KERNELS: frozenset[Callable[..., Any]] = frozenset({frozen_batch_norm, group_norm})
+KERNELS: frozenset[Callable[..., Any]] = frozenset({batch_norm, frozen_batch_norm, group_norm})

@@ -34,14 +34,6 @@ def group_norm(
     return torch.group_norm(x, groups, weight, bias, eps, True)
 
 
-def has_dense_channels(x: Tensor) -> bool:
-    """Whether the native operator takes the way through ``E[x^2] - E[x]^2``."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if x.dim() not in formats or x.device.type != "cpu" or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=formats[x.dim()])
-
-
 def _is_centred(x: Tensor, groups: int) -> bool:
     """Whether no group's mean is large beside its standard deviation.
 
