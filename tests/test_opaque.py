@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract import contract_violations
-from hand_written import UPDATES, BatchNorm, Layer, RowNorm
+from hand_written import UPDATES, BatchNorm, Layer, RowNorm, Running
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -241,8 +242,9 @@ def test_what_is_kept_reaches_a_compiler(body: Body) -> None:
 @pytest.mark.parametrize("body", KEPT)
 def test_norms_beside_what_is_kept_are_rewritten(body: Body) -> None:
     found = statuses(Two(body))
-    assert len(found) >= 1 + (body is not a_gradient)
-    assert {status for _, status in found} == {"rewritten"}
+    beside = [status for module, status in found if module]
+    assert len(beside) >= 1 + (body is not a_gradient)
+    assert set(beside) == {"rewritten"}
 
 
 BETWEEN = (a_function, a_shared_norm, parts_of_a_tuple)
@@ -257,32 +259,6 @@ def test_statistics_of_norms_beside_what_is_kept(body: Body, update: str) -> Non
     batches = [torch.randn(6, SIZE) for _ in range(3)]
     optimise = partial(bnrewrite.optimize, backend="eager")
     assert contract_violations(users, optimise, batches) == []
-
-
-class Running(Layer):
-    """A BatchNorm that updates its statistics before it normalises, or as the last thing it does.
-
-    Activation checkpointing stops computing the forward again once it has all that was saved: the
-    first kind is updated twice, the second once, where nothing is saved behind it.
-    """
-
-    def __init__(self, size: int, at_the_end: bool = False) -> None:
-        super().__init__()
-        self.at_the_end = at_the_end
-        self.weight = nn.Parameter(torch.rand(size))
-        self.mean: Tensor
-        self.register_buffer("mean", torch.zeros(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, variance = x.mean(0), x.var(0)
-        if not self.training:
-            mean = self.mean
-        elif not self.at_the_end:
-            self.mean.lerp_(mean.detach(), 0.1)
-        y = self.weight * (x - mean) / torch.sqrt(variance + 1e-5)
-        if self.training and self.at_the_end:
-            self.mean.lerp_(mean.detach(), 0.1)
-        return y
 
 
 CHECKPOINTING = (
@@ -444,6 +420,66 @@ def test_sites_beside_what_is_kept_are_numbered_through() -> None:
     model = bnrewrite.optimize(Two(a_function), only=0)
     report = bnrewrite.explain(model, torch.randn(4, SIZE, requires_grad=True))
     assert report.sites[1].reason == "site 1 (layer_norm) is not in only=['0']"
+
+
+def a_branch_with_a_norm(model: Two, x: Tensor) -> Tensor:
+    y = model.first(x)
+    return model.second(torch.cond(y.sum() > 0, row_norm, torch.cos, (y,)))
+
+
+def row_norm(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("body", "what", "reason", "inside"),
+    [
+        (a_function, "autograd.Function", "an autograd.Function has a backward of its own", 0),
+        (a_function_with_a_norm, "autograd.Function", "has a backward of its own", 1),
+        (a_branch_with_a_norm, "cond", "cond holds a graph of its own", 1),
+        (a_map, "vmap", "a function transform changes how the code in it is computed", 0),
+        (inference, "inference_mode", "inference_mode changes how the process computes", 0),
+    ],
+)
+def test_the_report_names_what_is_kept(body: Body, what: str, reason: str, inside: int) -> None:
+    report = bnrewrite.explain(Two(body), torch.randn(4, SIZE, requires_grad=True))
+    (kept,) = report.kept
+    assert kept.what == what
+    assert reason in kept.reason
+    assert kept.source.startswith("test_opaque.py:") or body is inference  # a mode has no line
+    assert [site.status for site in report.sites] == ["rewritten", *["left"] * inside, "rewritten"]
+    assert bnrewrite.explain(Two(checkpointing), torch.randn(4, SIZE)).kept == []
+
+
+@pytest.mark.parametrize("body", [a_function, checkpointing_at_the_end, a_map])
+def test_copies_of_a_model_with_kept_parts(body: Body) -> None:
+    users = Two(body, lambda size: Running(size, at_the_end=True)).double()
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager")
+    x = torch.randn(4, SIZE, dtype=torch.float64)
+    for each in (users, model):
+        list(observed(each, x, 0))
+        each.zero_grad()
+    assert list(model.state_dict()) == list(users.state_dict())
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    theirs = list(observed(users, x, 1))
+    for other in (model, *others):
+        for mine, expected in zip(observed(other, x, 1), theirs, strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_sizes_that_only_a_run_can_tell() -> None:
+    def body(model: Two, x: Tensor) -> Tensor:
+        counts: list[int] = torch.tensor([2, 2]).tolist()
+        y = torch.cat([row_norm(each.t()).t() for each in torch.split(model.first(x), counts)])
+        return model.second(y)
+
+    compare(Two(body))
+    report = bnrewrite.explain(Two(body), torch.randn(4, SIZE, requires_grad=True))
+    assert report.sites[0].status == "rewritten"
+    assert len(report.refusals) >= 2
+    assert {each.reason for each in report.refusals} == {
+        "one of its sizes is read out of a tensor, and known only when the graph runs"
+    }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

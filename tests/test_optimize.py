@@ -402,6 +402,67 @@ def test_a_switch_that_does_not_exist_is_refused(
         bnrewrite.optimize(Net(), **switches)
 
 
+@pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
+@pytest.mark.parametrize("name", ["recognise", "plan", "lower", "cleanup"])
+def test_a_pass_that_is_switched_off_leaves_the_users_values(
+    name: str, compiled_graphs: list[int]
+) -> None:
+    users = Net()
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager", disable=name)
+    for x in (images(), images(5)):
+        same(model, users, x)
+    torch.testing.assert_close(dict(model.state_dict()), dict(users.state_dict()))
+    assert set(compiled_graphs) == {int(name == "cleanup")}
+    found = [site.status for site in bnrewrite.explain(model, images()).sites]
+    assert found == {"recognise": [], "cleanup": ["rewritten"]}.get(name, ["left"])
+
+
+class Broken(nn.Module):
+    """Five norms in three graphs; in eval mode the first is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([RowNorm(8) for _ in range(5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = self.norms[0](x)
+        x = self.norms[1](x)
+        torch._dynamo.graph_break()
+        x = self.norms[2](x)
+        torch._dynamo.graph_break()
+        y: Tensor = self.norms[4](self.norms[3](x))
+        return y
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("only", [0, 1, 2, 3, (1, 3), ("layer_norm",)])
+def test_sites_are_numbered_through_all_graphs(
+    only: Any, training: bool, compiled_graphs: list[int]
+) -> None:
+    users = Broken().train(training)
+    model = bnrewrite.optimize(copy.deepcopy(users), backend="eager", only=only)
+    report = bnrewrite.explain(model, torch.randn(4, 8))
+    names = [f"norms.{i}" for i in range(5) if i or training]
+    chosen = {only} if isinstance(only, int) else set(only)
+    expected = [i for i in range(len(names)) if i in chosen or "layer_norm" in chosen]
+    assert report.graphs == 3
+    assert [site.module for site in report.sites] == names
+    assert [i for i, site in enumerate(report.sites) if site.status == "rewritten"] == expected
+    for i, site in enumerate(report.sites):
+        assert i in expected or str(site.reason).startswith(f"site {i} (layer_norm) is not in")
+    for size in (4, 4, 5, 7):  # at 5 all graphs are compiled again, for any size
+        same(model, users, torch.randn(size, 8))
+    assert len(compiled_graphs) == 6
+    assert sum(compiled_graphs[:3]) == sum(compiled_graphs[3:]) == len(expected)
+
+
+def test_under_torch_compile_each_graph_counts_from_zero(compiled_graphs: list[int]) -> None:
+    options: dict[str, Any] = {"backend": "eager", "only": 0}
+    torch.compile(Broken(), backend="bnrewrite", options=options)(torch.randn(4, 8))
+    assert compiled_graphs == [1, 1, 1]
+
+
 def test_the_backend_by_name(compiled_graphs: list[int]) -> None:
     model = Net()
     users = copy.deepcopy(model)

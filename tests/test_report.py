@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sympy
 
-from bnrewrite.report import PATHOLOGIES, Finding, Report, Site, pathology
+from bnrewrite.report import PATHOLOGIES, Finding, Kept, Report, Site, pathology
 from bnrewrite.report.formula import formula_mathml, formula_text
 
 N, C, H, W = sympy.symbols("n c h w")
@@ -57,6 +57,7 @@ def report() -> Report:
         graphs=2,
         graph_breaks=1,
         graph_texts=[("a < b", "c & d")],
+        kept=[Kept("autograd.Function", "its backward is <yours>", "net.py:40")],
     )
 
 
@@ -74,6 +75,7 @@ def test_lookups(report: Report) -> None:
         "rewritten": 2,
         "left": 1,
         "findings": 1,
+        "kept": 1,
         "graphs": 2,
         "graph_breaks": 1,
     }
@@ -91,12 +93,14 @@ def test_an_empty_report_is_still_a_report() -> None:
 def test_table_shows_every_field(report: Report) -> None:
     text = report.to_text(width=180)
     assert text.splitlines()[0] == (
-        "3 norms (2 batch_norm, 1 general): 2 rewritten, 1 left; 1 finding; 2 graphs, 1 break"
+        "3 norms (2 batch_norm, 1 general): 2 rewritten, 1 left; 1 finding; 1 kept as it is; "
+        "2 graphs, 1 break"
     )
     for shown in (
         "batch_norm", "bn1", "net.py:12", "0, 2, 3", "1e-05", "native", "rewritten", "left",
         "(x(n, c, h, w) - M(c))*bn1.weight(c)/sqrt(V(c)", "(root)", "<batch>", "[0, 2, 3]",
         "updates bn1.running_mean", "buffer-rebound", "self.buffer.copy_(value.detach())",
+        "autograd.Function", "its backward is <yours>", "net.py:40",
     ):  # fmt: skip
         assert shown in text, shown
 
@@ -120,7 +124,8 @@ def test_too_narrow_a_table_is_refused(report: Report) -> None:
 def test_json_has_a_stable_form(report: Report) -> None:
     record = json.loads(report.to_json())
     assert (record["schema"], record["version"]) == ("bnrewrite.report", 1)
-    assert list(record) == ["schema", "version", "totals", "sites", "findings", "graph_texts"]
+    assert list(record)[:3] == ["schema", "version", "totals"]
+    assert list(record)[3:] == ["sites", "findings", "kept", "graph_texts"]
     assert record["sites"][0] == {
         "number": 0,
         "kind": "batch_norm",
@@ -137,6 +142,9 @@ def test_json_has_a_stable_form(report: Report) -> None:
     }
     assert record["findings"][0]["code"] == "buffer-rebound"
     assert record["graph_texts"] == [{"before": "a < b", "after": "c & d"}]
+    assert record["kept"] == [
+        {"what": "autograd.Function", "reason": "its backward is <yours>", "source": "net.py:40"}
+    ]
 
 
 def test_json_stays_json_for_an_infinite_eps() -> None:
@@ -156,6 +164,7 @@ def test_page_is_self_contained_and_escaped(report: Report, tmp_path: Path) -> N
     assert "&lt;batch&gt;" in page
     assert "<batch>" not in page
     assert "a &lt; b" in page
+    assert "its backward is &lt;yours&gt;" in page
     assert "c &amp; d" in page
 
 

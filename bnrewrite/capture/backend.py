@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,13 +21,23 @@ from bnrewrite.capture.assembly import assemble
 from bnrewrite.capture.checkpointing import restore_checkpoints
 from bnrewrite.capture.inplace import restore_updates_in_place
 from bnrewrite.capture.look import Look, examine
+from bnrewrite.capture.numbering import Numbering, counted_on, is_numbered, numbered_on
+from bnrewrite.capture.provenance import source_line
 from bnrewrite.capture.rebinding import Rebinding
+from bnrewrite.capture.recomputed import may_be_recomputed, unless_recomputed, users_graph
 from bnrewrite.capture.refusal import sentence
 from bnrewrite.capture.scalars import has_captured_scalars
 from bnrewrite.capture.stage import Run, resolve, run_by, stage_of, without_autocast
 from bnrewrite.capture.switches import checked_options
 from bnrewrite.capture.writeback import Around, Update, write_back
 from bnrewrite.options import BnrewriteWarning, Options
+from bnrewrite.report.site import Kept
+
+_UPDATED_TWICE = (
+    "the buffers in it are updated again when it is run for the backward, which a compiler would "
+    "not do: this graph runs in eager mode"
+)
+_KEYS = count()  # of graphs whose sites are numbered
 
 
 class CapturedScalar(Exception):
@@ -43,6 +54,8 @@ class Compiler:
         mode: Inductor's mode.
         observe: called with what was found in each graph.
         warned: whether a warning has been given for this model.
+        numbering: of the sites in a call; without a `begin`, as under `torch.compile`, each graph
+            counts from 0.
         scalars_are_inputs: whether numbers read out of tensors were captured, where a graph break
             would do as well.
     """
@@ -53,16 +66,47 @@ class Compiler:
     observe: Callable[[Look], None] | None = None
     warned: bool = False
     scalars_are_inputs: bool = False
+    numbering: Numbering = field(default_factory=Numbering)
 
     def __call__(self, users: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         """Compile one Dynamo graph, as Dynamo asks its backends to."""
-        backend = resolve(self.backend, example_inputs)
-        look = examine(users, example_inputs, replace(self.options, stage=stage_of(backend)))
+        look, backend = self.look_at(users, example_inputs)
         if self.observe is not None:
             self.observe(look)
+        own = users_graph(look) if may_be_recomputed(look) else None
+        run = self._compiled(look, backend, example_inputs)
+        if own is not None:
+            nothing = Around((), ())
+            run = unless_recomputed(run, lambda: self._run("eager", own, nothing, example_inputs))
+        if not is_numbered(self.options):
+            return run
+        key, sites = next(_KEYS), len(look.sites)
+
+        def counted(*args: Any) -> Any:
+            self.numbering.ran(key, sites)
+            return run(*args)
+
+        return counted
+
+    def look_at(self, users: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Look, str]:
+        """What is found in a Dynamo graph, and the stage after that it is rewritten for."""
+        backend = resolve(self.backend, example_inputs)
+        before = self.numbering.count
+        options = counted_on(replace(self.options, stage=stage_of(backend)), before)
+        look = examine(users, example_inputs, options)
+        twice = [body for body in look.bodies if body.updated]
+        if backend != "eager" and twice:
+            backend = "eager"
+            look = examine(users, example_inputs, replace(options, stage="eager"))
+            kept = (Kept("checkpoint", _UPDATED_TWICE, source_line(each.node)) for each in twice)
+            look = replace(look, kept=(*look.kept, *kept))
+        sites = tuple(numbered_on(look.sites, self.options, before))
+        return replace(look, sites=sites), backend
+
+    def _compiled(self, look: Look, backend: str, example_inputs: Sequence[Any]) -> Run:
         later = backend != "eager"
         if look.failure is not None:
-            if self.scalars_are_inputs and has_captured_scalars(users):
+            if self.scalars_are_inputs and has_captured_scalars(look.graph):
                 raise CapturedScalar(look.failure)
             self.warn(look.failure)
         if look.is_changed:

@@ -23,13 +23,16 @@ from torch.fx.traceback import preserve_node_meta
 
 from bnrewrite.capture.aliases import refuse_views_of_updated_inputs
 from bnrewrite.capture.autocast import make_casts_explicit
+from bnrewrite.capture.detached import detached_updates
 from bnrewrite.capture.interpreter import Interpreted
 from bnrewrite.capture.opaque import opaque_nodes
 from bnrewrite.capture.provenance import restore_provenance
 from bnrewrite.capture.rebinding import Rebinding
-from bnrewrite.capture.refusal import CaptureError, Untraceable, sentence
+from bnrewrite.capture.refusal import CaptureError, Inexact, Untraceable, sentence
 from bnrewrite.capture.scalars import scalars_allowed
 from bnrewrite.capture.sources import Kind, locate
+
+_INEXACT = (torch.ops.aten.as_strided_scatter.default, torch.ops.aten.unfold_backward.default)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def canonicalise(
     constants = _tensor_constants(graph_module)
     for reason in opaque_nodes(graph_module.graph, torch.is_grad_enabled()).values():
         raise CaptureError(reason)
-    interpreted = Interpreted(graph_module, constants)
+    detached = detached_updates(graph_module.graph, torch.is_grad_enabled())
+    interpreted = Interpreted(graph_module, constants, detached)
     try:
         with preserve_node_meta(), scalars_allowed(fakes):
             traced, signature = aot_export_module(
@@ -92,6 +96,7 @@ def canonicalise(
     except Exception as error:
         raise Untraceable(sentence(error), interpreted.reached) from error
     module = _checked(traced, signature, placeholders)
+    _refuse_inexact(module.graph, graph_module.graph)
     _restore_constants(module, constants)
     make_casts_explicit(module.graph)
     _drop_assertions(module.graph)
@@ -145,6 +150,20 @@ def _checked(traced: Any, signature: Any, placeholders: Sequence[fx.Node]) -> fx
     if found != expected:
         raise CaptureError(f"tracing gave {found} inputs for a graph with {expected}")
     return traced
+
+
+def _refuse_inexact(traced: fx.Graph, users: fx.Graph) -> None:
+    """Refuse an update in place of which PyTorch's functional form is not the same function.
+
+    The gradient of `as_strided_scatter` is wrong (torch 2.13: `gradcheck` fails), and its value
+    depends on how its input lies in memory. An update through `unfold` loses what is in no window.
+    """
+    originals = {node.name: node for node in users.nodes}
+    for node in traced.nodes:
+        if node.target in _INEXACT:
+            steps: Any = node.meta.get("from_node")
+            at = originals.get(steps[0].name) if steps else None
+            raise Inexact("a value is updated in place through a view by strides or windows", at)
 
 
 def _refuse_differentiated(

@@ -17,8 +17,8 @@ from torch import fx
 
 from bnrewrite.capture.canonical import Canonical
 from bnrewrite.capture.lifetime import differentiable_nodes, outlives
-from bnrewrite.capture.opaque import is_in_place, target_name
-from bnrewrite.capture.stretches import CALLS, Stretch, itself, storages
+from bnrewrite.capture.stretches import Stretch, itself, storages
+from bnrewrite.capture.targets import CALLS, is_in_place, target_name
 
 
 def updates_of(graph: fx.Graph, kept: Collection[fx.Node]) -> dict[fx.Node, set[int]]:

@@ -6,7 +6,6 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.diagnosis import diagnose
 from bnrewrite.capture.dynamo import compiled
 from bnrewrite.capture.hook import KEY, Hook, own_call
-from bnrewrite.capture.look import Look, examine
+from bnrewrite.capture.look import Look
 from bnrewrite.capture.optimize import check_model, unwrapped
-from bnrewrite.capture.stage import Run, resolve, stage_of
+from bnrewrite.capture.stage import Run
 from bnrewrite.options import Options
 from bnrewrite.oracle import deep_copy
 from bnrewrite.report.report import Report
@@ -59,6 +58,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         graphs=len(watcher.looks),
         graph_breaks=len({str(each.user_stack[-1:]) for each in breaks}),
         graph_texts=[(look.before, _text(look)) for look in watcher.looks],
+        kept=list(dict.fromkeys(each for look in watcher.looks for each in look.kept)),
     )
 
 
@@ -70,8 +70,8 @@ class _Watcher(Compiler):
         self.looks: list[Look] = []
 
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
-        stage = stage_of(resolve(self.backend, example_inputs))
-        look = examine(graph, example_inputs, replace(self.options, stage=stage))
+        look, _ = self.look_at(graph, example_inputs)
+        self.numbering.ran(len(self.looks), len(look.sites))
         self.looks.append(look)
         if look.failure is not None:
             self.warn(look.failure)

@@ -20,6 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.dynamo import compiled
+from bnrewrite.capture.numbering import Numbering, is_numbered
 from bnrewrite.options import Options
 
 KEY = "_bnrewrite"
@@ -35,7 +36,10 @@ class Hook:
 
     def __init__(self, backend: str, options: Options, dynamic: bool | None) -> None:
         self.backend, self.options, self.dynamic = backend, options, dynamic
-        self.run = compiled(own_call(), Compiler(backend, options), dynamic)
+        compiler = Compiler(backend, options)
+        self.run = compiled(own_call(), compiler, dynamic)
+        if is_numbered(options):
+            self.run = _numbered(self.run, compiler.numbering)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return self
@@ -73,6 +77,14 @@ class _BoundCall:
         if is_traced():
             return None
         return types.MethodType(hook.run, module)
+
+
+def _numbered(run: Callable[..., Any], numbering: Numbering) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        numbering.begin()
+        return run(*args, **kwargs)
+
+    return call
 
 
 def is_traced() -> bool:

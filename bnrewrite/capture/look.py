@@ -12,11 +12,12 @@ from torch import fx
 from bnrewrite.capture.aliases import is_updated, outputs_of
 from bnrewrite.capture.canonical import Canonical, canonicalise
 from bnrewrite.capture.opaque import opaque_nodes
+from bnrewrite.capture.provenance import source_line
 from bnrewrite.capture.rebinding import Rebinding, find_attribute_updates, find_rebindings
-from bnrewrite.capture.refusal import CaptureError, Untraceable, sentence
+from bnrewrite.capture.refusal import CaptureError, Inexact, Untraceable, sentence
 from bnrewrite.capture.stretches import Stretch
 from bnrewrite.options import Options
-from bnrewrite.report.site import LEFT, Site
+from bnrewrite.report.site import LEFT, Kept, Site
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Look:
         rebindings: outputs of the user's graph that are new values of buffers.
         attributes: plain tensor attributes that are updated by rebinding, and the new values.
         private: canonical names of inputs that only new values of inputs are computed from.
-        failure: why there is no canonical graph, or none of one of the parts, a sentence.
-        failed_at: the node of the user's graph that has no canonical form, where one is known.
-        refused: whether it is capture that has refused the graph.
+        failure: what went wrong where there is no canonical graph, or none of a part, a sentence.
+        refusal: by which capture has refused the graph.
+        kept: what is called as the user's graph has it.
         parts: the stretches of a graph that has no canonical form as a whole.
-        bodies: the checkpointed graphs that it calls.
+        bodies: the graphs that it checkpoints, or that other kept operations hold.
     """
 
     graph: fx.GraphModule
@@ -46,10 +47,15 @@ class Look:
     attributes: tuple[tuple[str, fx.Node], ...]
     private: frozenset[str]
     failure: str | None
-    failed_at: fx.Node | None = None
-    refused: bool = False
+    refusal: CaptureError | None = None
+    kept: tuple[Kept, ...] = ()
     parts: tuple[Part, ...] = ()
     bodies: tuple[Body, ...] = ()
+
+    @property
+    def failed_at(self) -> fx.Node | None:
+        """The node of the user's graph that has no canonical form, where one is known."""
+        return self.refusal.node if isinstance(self.refusal, Untraceable) else None
 
     @property
     def is_changed(self) -> bool:
@@ -125,7 +131,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Body:
-    """A checkpointed graph and what was found in it.
+    """A graph that is checkpointed, or held by another operation, and what was found in it.
 
     Attributes:
         node: of the user's graph, the call.
@@ -150,13 +156,13 @@ def examine(graph: fx.GraphModule, example_inputs: Sequence[Any], options: Optio
     if opaque:
         return examine_in_parts(graph, example_inputs, *found, options, opaque)
     look = examine_whole(graph, example_inputs, *found, options)
-    if not look.refused:
+    if look.refusal is None:
         return look
     target = None if look.failed_at is None else look.failed_at.target
     alike = [node for node in graph.graph.nodes if node.target == target]
-    kept = dict.fromkeys(alike, str(look.failure))
+    kept = dict.fromkeys(alike, str(look.refusal))
     parts = examine_in_parts(graph, example_inputs, *found, options, kept)
-    if not parts.is_changed:
+    if not kept and not parts.is_changed:
         return look
     return replace(parts, failure=look.failure if kept else parts.failure)
 
@@ -179,8 +185,14 @@ def examine_whole(
         sites = tuple(rewrite(canonical, options))
     except Exception as error:  # any failure means that the user's graph runs; the cause is told
         look = Look(graph, None, before, (), rebindings, attributes, frozenset(), sentence(error))
-        failed_at = error.node if isinstance(error, Untraceable) else None
-        return replace(look, failed_at=failed_at, refused=isinstance(error, CaptureError))
+        at = error.node if isinstance(error, Untraceable) else None
+        kept = Kept("a graph", sentence(error), "" if at is None else source_line(at))
+        return replace(
+            look,
+            failure=None if isinstance(error, Inexact) else look.failure,
+            refusal=error if isinstance(error, CaptureError) else None,
+            kept=(kept,),
+        )
     return Look(graph, canonical, before, sites, rebindings, attributes, private, None)
 
 

@@ -39,7 +39,9 @@ def optimize(
             `torch.compiler.list_backends()` names; "auto" is Inductor on a GPU, eager on a CPU.
         strict: leave a norm alone where rewriting it would be more accurate than its source.
         disable: names of passes, or kinds of norm ("layer_norm"), that are switched off.
-        only: kinds of norm, or numbers of sites in the report, that are rewritten; None for all.
+        only: kinds of norm, or numbers of sites, that are rewritten; None for all. Numbers are
+            those in the report on the call at which a graph is first used; as an option of
+            `torch.compile(backend="bnrewrite")` they count from 0 in each graph.
         kernels: "auto", or "native" or "composite" for lowerings of that kind alone.
         dynamic: as in `torch.compile`: None learns from sizes that change.
 

@@ -17,12 +17,14 @@ from torch import fx
 from bnrewrite.capture.aliases import outputs_of
 from bnrewrite.capture.checkpointing import body_of, sourced, why_left
 from bnrewrite.capture.conflicts import conflict, updated_behind, updates_of
+from bnrewrite.capture.held import held_graphs
 from bnrewrite.capture.look import Body, Look, Part, examine_whole, left
-from bnrewrite.capture.opaque import opaque_nodes
+from bnrewrite.capture.numbering import counted_on, numbered_on
+from bnrewrite.capture.opaque import opaque_nodes, what_is_kept
 from bnrewrite.capture.rebinding import Rebinding
 from bnrewrite.capture.stretches import Modes, Stretch, storages, stretches
 from bnrewrite.options import Options
-from bnrewrite.report.site import LEFT, Site
+from bnrewrite.report.site import Site
 
 logger = logging.getLogger(__name__)
 
@@ -58,27 +60,29 @@ def examine_in_parts(
     sites: list[Site] = []
     failure: str | None = None
     for piece, modes in _pieces(graph, kept, real, rebindings):
-        numbered = _counted_on(options, len(sites))
+        numbered = counted_on(options, len(sites))
         if isinstance(piece, fx.Node):
             with modes.entered():
-                bodies.append(_examine_body(graph, piece, real, numbered))
-            look = bodies[-1].look
+                found = list(_examine_held(graph, piece, real, numbered, kept))
+            bodies += found
+            looks = [body.look for body in found]
         else:
             part = _examine_stretch(piece, graph, real, rebindings, numbered, kept)
-            look = part.look
-            if look.failed_at is not None and attempts:
-                at = next(node for node in piece.nodes if node.name == look.failed_at.name)
+            if part.look.failed_at is not None and attempts:
+                at = next(node for node in piece.nodes if node.name == part.look.failed_at.name)
                 more = {node for node in graph.graph.nodes if node.target == at.target}
-                reason = look.failure or ""
-                wider = {**kept, **dict.fromkeys(more, reason)}
-                found = examine_in_parts(
+                wider = {**kept, **dict.fromkeys(more, str(part.look.refusal))}
+                again = examine_in_parts(
                     graph, example_inputs, rebindings, attributes, options, wider, attempts - 1
                 )
-                return replace(found, failure=reason)
+                return replace(again, failure=part.look.failure or again.failure)
             parts.append(part)
-        failure = failure or look.failure
-        sites += _numbered(look.sites, options, len(sites))
+            looks = [part.look]
+        for look in looks:
+            failure = failure or look.failure
+            sites += numbered_on(look.sites, options, len(sites))
     looks = [part.look for part in parts] + [body.look for body in bodies]
+    mine = {node: kept[node] for node in kept if body_of(graph, node) is None}
     before = "\n".join(look.before for look in looks if look.before)
     return Look(
         graph,
@@ -89,6 +93,7 @@ def examine_in_parts(
         attributes,
         frozenset(),
         failure,
+        kept=(*what_is_kept(graph.graph, mine), *(each for look in looks for each in look.kept)),
         parts=tuple(parts),
         bodies=tuple(bodies),
     )
@@ -112,7 +117,7 @@ def _pieces(
     modes = Modes(torch.is_grad_enabled())
     for node in graph.graph.nodes:
         modes = modes.after(node)
-        if body_of(graph, node) is not None:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node in kept:
             found.append((node, modes))
     place = {node: i for i, node in enumerate(graph.graph.nodes)}
     return sorted(
@@ -157,6 +162,23 @@ def _examine_stretch(
         if reason is not None:
             look = left(look, reason)
     return Part(stretch, look, tuple(each.output for each in mine))
+
+
+def _examine_held(
+    graph: fx.GraphModule,
+    call: fx.Node,
+    real: Mapping[fx.Node, Any],
+    options: Options,
+    kept: Mapping[fx.Node, str],
+) -> Iterator[Body]:
+    """Look at the graphs that a kept operation holds, in the modes that are on."""
+    if body_of(graph, call) is not None:
+        yield _examine_body(graph, call, real, options)
+        return
+    for held in held_graphs(graph, call):
+        look = examine_whole(held, (), (), (), options)
+        if look.canonical is not None:  # else the report has the operation alone
+            yield Body(call, left(look, kept[call]), ())
 
 
 def _examine_body(
@@ -205,21 +227,3 @@ def _gains_history(placeholder: fx.Node, real: Any) -> bool:
         and fake.requires_grad
         and not real.requires_grad
     )
-
-
-def _counted_on(options: Options, count: int) -> Options:
-    """The options of a part that begins at site number `count`."""
-    if options.only is None:
-        return options
-    shifted = (each - count if isinstance(each, int) else each for each in options.only)
-    return replace(options, only=frozenset(shifted))
-
-
-def _numbered(sites: Sequence[Site], options: Options, count: int) -> Iterator[Site]:
-    """The sites of a part, with their numbers in the graph where a reason names them."""
-    for i, site in enumerate(sites):
-        if site.status == LEFT and (site.reason or "").startswith(f"site {i} ("):
-            only = sorted(map(str, options.only or ()))
-            yield replace(site, reason=f"site {i + count} ({site.kind}) is not in {only=}")
-        else:
-            yield site

@@ -6,11 +6,13 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from torch import fx
 
 from bnrewrite.capture.sources import qualified_name
 
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
+_TORCH = str(Path(torch.__file__).parent)
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 _FRAME = re.compile(r'(?m)^\s*File "')
 
@@ -34,7 +36,8 @@ def restore_provenance(module: fx.GraphModule) -> None:
 
 def source_line(node: fx.Node) -> str:
     """The innermost line of the user's code, "file.py:123"; "" where none is known."""
-    lines = _LINE.findall(_users_frames(node.meta.get("stack_trace") or ""))
+    frames = _LINE.findall(_users_frames(node.meta.get("stack_trace") or ""))
+    lines = [each for each in frames if not each[0].startswith(_TORCH)] or frames
     return f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
 
 

@@ -21,6 +21,10 @@ class Untraceable(CaptureError):
         self.node = node
 
 
+class Inexact(Untraceable):
+    """A node whose functional form is known not to be the same function; nothing has failed."""
+
+
 def sentence(error: Exception) -> str:
     """An exception in one line."""
     if isinstance(error, CaptureError):

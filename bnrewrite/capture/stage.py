@@ -41,7 +41,9 @@ def run_by(
         mode: Inductor's, as in `torch.compile`.
     """
     if backend == "eager":
-        call_by_bindings(module)
+        for each in module.modules():  # the graphs that it checkpoints too
+            if isinstance(each, fx.GraphModule):
+                call_by_bindings(each)
         return module.forward
     if backend == "inductor":
         from torch._inductor.compile_fx import compile_fx

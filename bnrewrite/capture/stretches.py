@@ -22,10 +22,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bnrewrite.capture.aliases import storage_of
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept, enter_autocast
-from bnrewrite.capture.opaque import is_in_place
+from bnrewrite.capture.targets import CALLS, is_in_place
 
 GRAD_MODE = torch._C._set_grad_enabled
-CALLS = ("call_function", "call_method", "call_module")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from .findings import PATHOLOGIES, pathology
 from .report import Report
-from .site import LEFT, REWRITTEN, Finding, Site
+from .site import LEFT, REWRITTEN, Finding, Kept, Site
 from .verdict import Check, Verification
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "REWRITTEN",
     "Check",
     "Finding",
+    "Kept",
     "Report",
     "Site",
     "Verification",

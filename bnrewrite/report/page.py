@@ -39,6 +39,7 @@ def report_page(report: Report) -> str:
         f"<h1>Normalisations</h1>\n<p>{escape(summary(report))}</p>",
         _sites(report.sites),
         _findings(report),
+        _kept(report),
         _graphs(report.graph_texts),
         "</body></html>\n",
     ]
@@ -79,6 +80,19 @@ def _findings(report: Report) -> str:
     head = "<tr><th>code</th><th>cause; fix</th><th>where</th></tr>"
     table = f"<table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>"
     return f"<h2>Findings</h2>\n{table}"
+
+
+def _kept(report: Report) -> str:
+    if not report.kept:
+        return ""
+    rows = "\n".join(
+        f"<tr><td><code>{escape(each.what)}</code></td><td>{escape(each.reason)}</td>"
+        f"<td><code>{escape(each.source)}</code></td></tr>"
+        for each in report.kept
+    )
+    head = "<tr><th>kept</th><th>why</th><th>where</th></tr>"
+    table = f"<table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>"
+    return f"<h2>Kept as it is</h2>\n{table}"
 
 
 def _graphs(texts: list[tuple[str, str]]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .page import report_page
 from .schema import report_json
-from .site import LEFT, REWRITTEN, Finding, Site
+from .site import LEFT, REWRITTEN, Finding, Kept, Site
 from .table import report_text
 from .text import WIDTH
 
@@ -27,6 +27,7 @@ class Report:
         graphs: how many graphs were captured.
         graph_breaks: at how many places the capture had to stop and start again.
         graph_texts: optionally the (before, after) text of each graph, shown in the HTML page.
+        kept: what is called as the user's code has it, because its formulas cannot be read.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Report:
     graphs: int = 0
     graph_breaks: int = 0
     graph_texts: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -47,12 +49,13 @@ class Report:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Counts: sites, rewritten, left, findings, graphs, graph_breaks."""
+        """Counts: sites, rewritten, left, findings, kept, graphs, graph_breaks."""
         return {
             "sites": len(self.sites),
             "rewritten": len(self.rewritten),
             "left": len(self.refusals),
             "findings": len(self.findings),
+            "kept": len(self.kept),
             "graphs": self.graphs,
             "graph_breaks": self.graph_breaks,
         }

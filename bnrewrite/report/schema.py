@@ -4,6 +4,7 @@
      "totals": {"sites": 1, "rewritten": 1, ...},
      "sites": [{"number": 0, "kind": "batch_norm", "status": "rewritten", ...}],
      "findings": [{"code": "buffer-rebound", "message": "...", "source": "net.py:12"}],
+     "kept": [{"what": "autograd.Function", "reason": "...", "source": "net.py:40"}],
      "graph_texts": [{"before": "...", "after": "..."}]}
 
 A field is never removed or given another meaning without a new version; new fields may come.
@@ -34,6 +35,7 @@ def report_json(report: Report) -> str:
         "totals": report.totals,
         "sites": [_site(number, site) for number, site in enumerate(report.sites)],
         "findings": [asdict(finding) for finding in report.findings],
+        "kept": [asdict(each) for each in report.kept],
         "graph_texts": [{"before": before, "after": after} for before, after in report.graph_texts],
     }
     return json.dumps(record, indent=2, allow_nan=False)

@@ -60,3 +60,18 @@ class Finding:
     code: str
     message: str
     source: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Code that is called as the user has it, with no look at the formulas in it.
+
+    Attributes:
+        what: the name of what is called, such as ``"autograd.Function"``.
+        reason: one sentence why.
+        source: ``"file.py:123"``, ``""`` where no line is known.
+    """
+
+    what: str
+    reason: str
+    source: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .formula import formula_text, short_number
-from .site import Finding, Site
+from .site import Site
 from .text import rendered
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def report_text(report: Report, width: int) -> str:
-    """Totals, one row per site, and the findings.
+    """Totals, one row per site, the findings, and what is kept as it is.
 
     Args:
         report: what to print.
@@ -31,7 +32,11 @@ def report_text(report: Report, width: int) -> str:
     if report.sites:
         parts.append(_sites(report.sites))
     if report.findings:
-        parts.append(_findings(report.findings))
+        rows = [(f"{each.code}\n{each.source}", each.message) for each in report.findings]
+        parts.append(_rows("finding", "cause; fix", rows))
+    if report.kept:
+        rows = [(f"{each.what}\n{each.source}", each.reason) for each in report.kept]
+        parts.append(_rows("kept as it is", "why", rows))
     return rendered(parts, width)
 
 
@@ -45,6 +50,8 @@ def summary(report: Report) -> str:
     )
     if report.findings:
         sentence += f"; {counted(totals['findings'], 'finding')}"
+    if report.kept:
+        sentence += f"; {len(report.kept)} kept as it is"
     if report.graphs:
         breaks = f", {counted(report.graph_breaks, 'break')}" if report.graph_breaks else ""
         sentence += f"; {counted(report.graphs, 'graph')}{breaks}"
@@ -97,10 +104,10 @@ def _sites(sites: list[Site]) -> Table:
     return table
 
 
-def _findings(findings: list[Finding]) -> Table:
+def _rows(left: str, right: str, rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, expand=True)
-    table.add_column("finding", overflow="fold", ratio=2)
-    table.add_column("cause; fix", overflow="fold", ratio=6)
-    for finding in findings:
-        table.add_row(Text(f"{finding.code}\n{finding.source}"), Text(finding.message))
+    table.add_column(left, overflow="fold", ratio=2)
+    table.add_column(right, overflow="fold", ratio=6)
+    for place, told in rows:
+        table.add_row(Text(place), Text(told))
     return table
