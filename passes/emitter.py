@@ -185,20 +185,18 @@ class Emitter(Nodes):
     def _cancels(self, polynomial: Polynomial, lead: Polynomial = ZERO) -> bool:
         """Whether ``lead * V`` and the statistics in a sum may be differences of like numbers."""
         bases = self.ring.bases
-        found = [
-            (coefficient, [(bases[b], e) for b, e in monomial if bases[b].moments])
-            for monomial, coefficient in polynomial.terms.items()
-        ]
-        statistics = [(c, factors) for c, factors in found if factors]
+        statistics: dict[Monomial, Number] = {}  # each with its least coefficient
+        for monomial, coefficient in polynomial.terms.items():
+            factors = tuple(item for item in monomial if bases[item[0]].moments)
+            if factors:
+                statistics[factors] = min(coefficient, statistics.get(factors, coefficient))
         if len(statistics) + bool(lead.terms) <= 1:
             return False
-        return any(c < 0 for c in lead.terms.values()) or any(
-            c < 0
-            or any(
-                not (base.nonnegative or is_even(e) or isinstance(base, Atom))
-                for base, e in factors
-            )
-            for c, factors in statistics
+        coefficients = [*lead.terms.values(), *statistics.values()]
+        return any(c < 0 for c in coefficients) or any(
+            not (bases[b].nonnegative or is_even(e) or isinstance(bases[b], Atom))
+            for factors in statistics
+            for b, e in factors
         )
 
     def _total(self, polynomial: Polynomial) -> Value:

@@ -89,7 +89,7 @@ class Reading:
         is infinite. A tensor may vanish from a statistic, ``E[x - E[x]] = 0``, and come back: a
         site is checked for it, and what the graph returns.
         """
-        before = [self._sources(n, self.meanings.get(n)) for n in self.read]
+        before = [self._read_of(n, node) for n in self.read]
         before += [self.gone.get(n, frozenset()) for n in node.all_input_nodes
                    if n not in self.sealed]  # fmt: skip
         gone = frozenset().union(*before) - self.sources(node)
@@ -100,6 +100,17 @@ class Reading:
         raw = self.ring.raw(formula.value) if formula is not None else frozenset()
         returned = any(user.op == "output" for user in node.users)
         return gone <= self.anchors and not raw and not returned
+
+    def _read_of(self, operand: fx.Node, node: fx.Node) -> frozenset[object]:
+        """The tensors that an operand brings to a node.
+
+        Packed statistics are read as one tensor or as their pieces, of which a part may be taken.
+        """
+        if operand not in self.joined or node in self.joined:
+            return self._sources(operand, self.meanings.get(operand))
+        whole = self.meanings.get(operand)
+        found = frozenset() if whole is None else self.ring.raw(whole.value)
+        return found if found & self.sources(node) else frozenset()
 
     def repeat(self, node: fx.Node) -> None:
         """Give a node that repeats an earlier one what is known of that one."""
