@@ -11,9 +11,9 @@ from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .layout import has_values
 
 # |mean| / sqrt(variance + eps) up to which ``x a + b`` is as good as three roundings more.
 LARGEST_MEAN = 8.0
@@ -57,7 +57,7 @@ def is_small(mean: Tensor, variance: Tensor, eps: float) -> bool:
 
     NaN and infinite statistics are not small, nor are those without values, that are traced.
     """
-    if isinstance(mean, FakeTensor | FunctionalTensor):
+    if not has_values(mean):
         return False
     known = _verdicts.get(mean)
     try:

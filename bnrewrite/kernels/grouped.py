@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .layout import dense_format, has_values
 
 # |mean| / standard deviation up to which a difference of squares is as good as a few roundings.
 LARGEST_MEAN = 2.0
-LARGEST_STEP = 8  # of the sample's rows and columns; small images have at least four of each
+LARGEST_STEP = 8  # of the sample's rows and columns
+FEWEST = 4  # rows and columns of a sample where a group is one to three channels; else half of it
+SMALL = 32768  # elements, up to which two copies cost less than the sample
 
 
 def group_norm(
@@ -29,6 +31,9 @@ def group_norm(
         bias: of shape (C,), or None for 0.
         eps: added to the variance.
     """
+    if has_values(x) and x.numel() <= SMALL:
+        y = torch.group_norm(x.contiguous(), groups, weight, bias, eps, True)
+        return y.contiguous(memory_format=dense_format(x))
     if not _is_centred(x, groups):
         x = x - _means(x, groups)
     return torch.group_norm(x, groups, weight, bias, eps, True)
@@ -40,10 +45,11 @@ def _is_centred(x: Tensor, groups: int) -> bool:
     A sample of at least one element in 64 tells: were the rest elsewhere, its distance would be in
     the variance of the whole.
     """
-    if isinstance(x, FakeTensor | FunctionalTensor) or not x.numel():
+    if not has_values(x):
         return False
     with torch.no_grad():
-        rows, columns = (max(1, min(LARGEST_STEP, size // 4)) for size in x.shape[-2:])
+        fewest = FEWEST if x.shape[1] // groups < FEWEST else FEWEST // 2
+        rows, columns = (max(1, min(LARGEST_STEP, size // fewest)) for size in x.shape[-2:])
         sample = x[..., rows // 2 :: rows, columns // 2 :: columns]
         mean, square = (_by_group(each, groups) for each in (sample, sample * sample))
         limit = LARGEST_MEAN**2 / (1 + LARGEST_MEAN**2)
