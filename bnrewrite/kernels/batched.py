@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 
 from .layout import has_dense_channels, has_values
 
-LONGEST_SUM = 4096  # elements of a channel that the native operator may add up
+SHORTEST_SUM = 1024  # elements of a channel; the native operator may add up so many
+BLOCKS = 32  # of longer ones, at most: each costs a call
 
 
 def batch_norm(
@@ -87,14 +88,14 @@ def _is_long(x: Tensor) -> bool:
     if not has_values(x) or forward_ad._current_level >= 0:
         return False
     counted = x.numel() // max(x.shape[1], 1)
-    return x.dtype == torch.float32 and counted > LONGEST_SUM and has_dense_channels(x)
+    return x.dtype == torch.float32 and counted > SHORTEST_SUM and has_dense_channels(x)
 
 
 @torch.no_grad()
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """E[x] and V of each channel."""
     rows = x.movedim(1, -1).reshape(1, -1, 1, x.shape[1]).movedim(-1, 1)
-    blocks = torch.split(rows, LONGEST_SUM, 2)
+    blocks = torch.split(rows, max(SHORTEST_SUM, -(-rows.shape[2] // BLOCKS)), 2)
     both = [torch.batch_norm_update_stats(block, None, None, 0.0) for block in blocks]
     means, variances = (torch.stack([moments[i] for moments in both]) for i in range(2))
     shares = torch.tensor([[block.shape[2] / rows.shape[2]] for block in blocks])
