@@ -16,15 +16,26 @@ from .rewriting import Rewriting
 
 
 def _differentiate_copy(node: fx.Node) -> None:
-    """``copy(target, source)`` has no derivative; the source in the target's shape has one."""
+    """``copy(target, source)`` has no derivative; the source in the target's shape has one.
+
+    A clone of it: the user's copy does not share memory with its source.
+    """
     target, source = node.args[:2]
     assert isinstance(target, fx.Node)
     assert isinstance(source, fx.Node)
     with node.graph.inserting_before(node):
         cast = node.graph.call_function(torch.ops.aten.to.dtype, (source, target.meta["val"].dtype))
-        value = node.graph.call_function(torch.ops.aten.expand_as.default, (cast, target))
-    cast.meta, value.meta = dict(source.meta), dict(node.meta)
+        wide = node.graph.call_function(torch.ops.aten.expand_as.default, (cast, target))
+        value = node.graph.call_function(
+            torch.ops.aten.clone.default, (wide,), {"memory_format": _format(target.meta["val"])}
+        )
+    cast.meta, wide.meta, value.meta = dict(source.meta), dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(value)
+
+
+def _format(value: torch.Tensor) -> torch.memory_format:
+    dense = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if dense and not value.is_contiguous() else torch.contiguous_format
 
 
 # A view is bound to the strides that were traced; a replacement may have others.

@@ -132,7 +132,10 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         if decision.lowering == "native":
             reading = rewriting.reading
             layout = layout_of(reading, found)
-            writing = Writing(reading, found, statistics.known, statistics.sizes, layout)
+            eager = rewriting.options.stage == "eager"
+            writing = Writing(
+                reading, found, statistics.known, statistics.sizes, layout, in_place=eager
+            )
             replacement = write_native(writing, state)
         else:
             replacement = _composite(rewriting, found, statistics, state)

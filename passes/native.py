@@ -22,7 +22,7 @@ from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import ONE, ZERO, Polynomial
 from bnrewrite.algebra.match import Match
 from bnrewrite.algebra.meaning import Reading
-from bnrewrite.kernels import batch_norm, group_norm, has_dense_channels
+from bnrewrite.kernels import batch_norm, group_norm, has_dense_channels, layer_norm
 
 from .frozen import frozen_layout, write_frozen
 from .nodes import Value, aten
@@ -146,11 +146,13 @@ def _batch(writing: Writing, state: BatchState) -> fx.Node:
     x, weight, bias = _inputs(writing, channels)
     mean, variance, momentum = state.before(writing, channels)
     given = (x, weight, bias, mean, variance)
-    if has_dense_channels(x.meta["val"]):
+    if writing.in_place:
         y = writing.emitter.call(batch_norm, *given, momentum, _eps(writing))
     else:
         native = aten.batch_norm.default
         y = writing.emitter.call(native, *given, True, momentum, _eps(writing), True)
+    if not (x.meta["val"].is_contiguous() or has_dense_channels(x.meta["val"])):
+        y.meta["val"] = y.meta["val"].contiguous()  # what it is, and its fake is not
     state.after(writing, channels, mean, variance)
     return writing.finish(y)
 
@@ -161,7 +163,7 @@ def _group(writing: Writing, state: BatchState) -> fx.Node:
     x, weight, bias = _inputs(writing, (channels,))
     groups = writing.emitter.extent(product(a.size for a in channels if a not in found.over))
     given = (x, groups, weight, bias, _eps(writing))
-    if has_dense_channels(x.meta["val"]):
+    if writing.in_place and has_dense_channels(x.meta["val"]):
         return writing.finish(writing.emitter.call(group_norm, *given))
     return writing.finish(writing.emitter.call(aten.group_norm.default, *given, True))
 
@@ -172,7 +174,11 @@ def _layer(writing: Writing, state: BatchState) -> fx.Node:
     inside = ring.axes(found.weight) | ring.axes(found.bias) <= found.over
     x, weight, bias = _inputs(writing, dims) if inside else (writing.input(), None, None)
     shape = [writing.emitter.extent(product(a.size for a in d)) for d in dims]
-    y = writing.emitter.call(aten.layer_norm.default, x, shape, weight, bias, _eps(writing), True)
+    given = (x, shape, weight, bias, _eps(writing))
+    if writing.in_place:
+        y = writing.emitter.call(layer_norm, *given)
+    else:
+        y = writing.emitter.call(aten.layer_norm.default, *given, True)
     return writing.finish(y) if inside else writing.finish(_after(writing, y, found.weight))
 
 

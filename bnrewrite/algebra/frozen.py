@@ -33,7 +33,7 @@ def frozen(ring: Ring, linear: Linear) -> Frozen | None:
             continue
         product = ring.multiply(linear.scale, Polynomial({((mean.id, 1),): 1}))
         bias = added(linear.shift, product)
-        if source not in ring.raw(bias):
+        if not ring.raw(bias) & {source, variance.source}:
             return Frozen(mean, variance, eps, weight, bias)
     return None
 

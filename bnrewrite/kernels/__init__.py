@@ -9,8 +9,18 @@ from .batched import batch_norm
 from .frozen import frozen_batch_norm
 from .grouped import group_norm
 from .layout import has_dense_channels
+from .rows import layer_norm
 
-__all__ = ["KERNELS", "batch_norm", "frozen_batch_norm", "group_norm", "has_dense_channels"]
+__all__ = [
+    "KERNELS",
+    "batch_norm",
+    "frozen_batch_norm",
+    "group_norm",
+    "has_dense_channels",
+    "layer_norm",
+]
 
 # Each returns a new tensor, and a backward needs its inputs alone.
-KERNELS: frozenset[Callable[..., Any]] = frozenset({batch_norm, frozen_batch_norm, group_norm})
+KERNELS: frozenset[Callable[..., Any]] = frozenset(
+    {batch_norm, frozen_batch_norm, group_norm, layer_norm}
+)

@@ -18,8 +18,7 @@ from .layout import has_values
 # |mean| / sqrt(variance + eps) up to which ``x a + b`` is as good as three roundings more.
 LARGEST_MEAN = 8.0
 
-_Verdict = tuple[int, int, int, float, bool]
-_verdicts: MutableMapping[Tensor, _Verdict] = WeakIdKeyDictionary()
+_verdicts: MutableMapping[Tensor, tuple[Tensor, Tensor, float, bool]] = WeakIdKeyDictionary()
 
 
 def frozen_batch_norm(
@@ -55,23 +54,19 @@ def frozen_batch_norm(
 def is_small(mean: Tensor, variance: Tensor, eps: float) -> bool:
     """Whether no mean is larger than ``LARGEST_MEAN`` standard deviations.
 
-    NaN and infinite statistics are not small, nor are those without values, that are traced.
+    NaN and infinite statistics are not small, nor are those without values, that are traced, and
+    those on a device that would have to be waited for.
     """
-    if not has_values(mean):
+    if not has_values(mean) or mean.device.type != "cpu":
         return False
     known = _verdicts.get(mean)
-    try:
-        state = (mean._version, id(variance), variance._version, eps)
-    except RuntimeError:  # made in inference mode: it has no version
-        return _is_small(mean, variance, eps)
-    if known is not None and known[:4] == state:
-        return known[4]
-    small = _is_small(mean, variance, eps)
-    _verdicts[mean] = (*state, small)
+    if known is not None:
+        old_mean, old_variance, old_eps, small = known
+        same = torch.equal(mean, old_mean) and torch.equal(variance, old_variance)
+        if same and eps == old_eps:
+            return small
+    with torch.no_grad():
+        ratio = mean.abs() * torch.rsqrt(variance + eps)
+        small = not mean.numel() or bool(ratio.amax() <= LARGEST_MEAN)
+        _verdicts[mean] = (mean.clone(), variance.clone(), eps, small)
     return small
-
-
-@torch.no_grad()
-def _is_small(mean: Tensor, variance: Tensor, eps: float) -> bool:
-    ratio = mean.abs() * torch.rsqrt(variance + eps)
-    return not mean.numel() or bool(ratio.amax() <= LARGEST_MEAN)

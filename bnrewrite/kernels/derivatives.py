@@ -1,0 +1,49 @@
+"""Derivatives of a native norm: its own backward once, the formula's where it is differentiated.
+
+The backward of a native norm takes the saved moments for constants when it is itself differentiated
+twice: third derivatives, as a loss that holds second derivatives needs them, would be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .layout import has_values
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def records(*inputs: Tensor | None) -> bool:
+    """Whether autograd records a call, by backward mode alone, of tensors with values."""
+    return (
+        torch.is_grad_enabled()
+        and any(each is not None and each.requires_grad for each in inputs)
+        and all(each is None or has_values(each) for each in inputs)
+        and forward_ad._current_level < 0
+    )
+
+
+def of_formula(
+    formula: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    cotangent: Tensor,
+) -> Gradients:
+    """Gradients that can be differentiated any number of times.
+
+    Args:
+        formula: of the inputs, from ordinary operations.
+        inputs: what it is computed from.
+        needed: of which inputs the gradient is wanted.
+        cotangent: of the formula's value.
+    """
+    wanted = [each for each, need in zip(inputs, needed, strict=True) if need and each is not None]
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, cotangent, create_graph=True))
+    return tuple(
+        next(found) if need and each is not None else None
+        for each, need in zip(inputs, needed, strict=True)
+    )
