@@ -7,12 +7,14 @@ Leaves alone: norms that are native calls already, complex and integer arithmeti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading, chain, find, read, remarks
+from bnrewrite.algebra.expression import exact
 
 from .rewriting import Decision, Refusal, Rewriting
 
@@ -51,8 +53,13 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 def is_native(reading: Reading, found: Match) -> bool:
     """Whether a site is a call of ``F.normalize``, which has no ATen op of its own, as it is."""
-    if reading.ring.axes(found.weight) or found.bias.terms:
+    ring = reading.ring
+    if found.order is None or found.bias.terms:
         return False
+    length = ring.power(ring.count(found.over), exact(1 / found.order))
+    factors = (found.weight.constant, ring.multiply(found.weight, length).constant)
+    if not any(f is not None and math.isclose(float(f), 1, rel_tol=1e-9) for f in factors):
+        return False  # times a weight, or a number: an RMS norm, mostly
     functions = [
         entry[1]
         for node in chain(reading, found)

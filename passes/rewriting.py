@@ -92,7 +92,7 @@ class Rewriting:
         return Site(
             kind=found.kind,
             status=LEFT if refusal else REWRITTEN,
-            reason=refusal.reason if refusal else None,
+            reason=refusal.reason if refusal else found.reason,
             formula=formula(self.reading.ring, found),
             axes=tuple(i for i, d in enumerate(dims) if set(d) & found.over),
             eps=found.eps,

@@ -1,13 +1,17 @@
-"""One thread, fresh compiler caches for each test, and the option that rewrites golden texts."""
+"""One thread, fresh compiler caches, what is compiled, and the option that writes golden texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from hypothesis import Phase, settings
+
+from bnrewrite.capture.backend import Compiler
+from bnrewrite.capture.look import Look
 
 # Without shrinking: an example compiles a model, and a failing one already names its words.
 settings.register_profile(
@@ -43,3 +47,38 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def repeatable() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+    """Grows by one at each graph that is compiled."""
+    seen: list[Look] = []
+    compile_graph = Compiler.__call__
+
+    def watching(self: Compiler, *args: Any) -> Any:
+        self.observe = seen.append
+        return compile_graph(self, *args)
+
+    monkeypatch.setattr(Compiler, "__call__", watching)
+    return seen
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of rewritten sites at each graph that is compiled."""
+    seen: list[int] = []
+    compile_graph = Compiler.__call__
+
+    def counting(self: Compiler, *args: Any) -> Any:
+        self.observe = lambda look: seen.append(
+            sum(site.status == "rewritten" for site in look.sites)
+        )
+        return compile_graph(self, *args)
+
+    monkeypatch.setattr(Compiler, "__call__", counting)
+    return seen

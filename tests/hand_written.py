@@ -146,3 +146,26 @@ class Running(Layer):
         if self.training and self.at_the_end:
             self.mean.lerp_(mean.detach(), 0.1)
         return y
+
+
+def images(size: int = 4) -> Tensor:
+    """A batch for `Net`."""
+    return torch.randn(size, 3, 8, 8)
+
+
+def row_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Docstring of the user's."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + eps)
+
+
+def same(model: Any, other: Any, x: Tensor) -> None:
+    """Both give the same on x."""
+    torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
+
+
+def train(model: Any, x: Tensor) -> None:
+    """One step with a cotangent that is random, and the same each time."""
+    torch.manual_seed(0)
+    y = model(x)
+    torch.autograd.backward((y.float() * torch.randn(y.shape)).sum())

@@ -97,6 +97,8 @@ def _unchanged(model: Any) -> Iterator[Any]:
         yield model
         return
     try:
+        if any(isinstance(each, torch.jit.ScriptModule) for each in model.modules()):
+            raise TypeError("a copy of a scripted module loses its methods")
         subject = deep_copy(model)
     except Exception:  # whatever a user's __deepcopy__ or an uncopyable attribute raises
         with _restored(model):

@@ -99,9 +99,12 @@ def _is_transform(node: fx.Node) -> bool:
     return "_functorch" in module or "saved_tensors_hooks" in target_name(node)
 
 
+_HARMLESS = (torch._C._set_grad_enabled, torch._C._log_api_usage_once, ENTER, EXIT)
+
+
 def _sets_a_mode(node: fx.Node) -> bool:
     """Whether a node is called for its effect alone, and on no tensor."""
-    if node.op != "call_function" or node.target in (torch._C._set_grad_enabled, ENTER, EXIT):
+    if node.op != "call_function" or node.target in _HARMLESS:
         return False
     values = [each.meta.get("example_value") for each in (node, *node.all_input_nodes)]
     return values[0] is None and not any(
