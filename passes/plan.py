@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bnrewrite.algebra import centre
 from bnrewrite.algebra.calls import shape_of
 
 from .costs import has_fast_norm
@@ -55,6 +56,8 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     options, reading, found = rewriting.options, rewriting.reading, decision.match
     assert reading is not None
     native = has_native(reading, found) and options.kernels != "composite"
+    if found.kind == "affine" and options.stage != "eager" and centre(reading, found) is not None:
+        native = False  # which pass keeps the digits is decided by a kernel of the eager stage
     if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
     if options.kernels == "auto" and found.kind == "rms_norm" and has_fast_norm(reading, found):

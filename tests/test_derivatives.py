@@ -57,9 +57,10 @@ def test_four_derivatives(function: Function) -> None:
         return found[:8]
 
     assert [site.status for site in explain(function, x, weight, bias).sites] == ["rewritten"]
-    found = derivatives(optimize(function, backend="eager"))
-    for mine, expected in zip(found, derivatives(function), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-8, atol=1e-8)
+    found, expected = derivatives(optimize(function, backend="eager")), derivatives(function)
+    largest = max(float(each.abs().max()) for each in expected)
+    for mine, users in zip(found, expected, strict=True):
+        assert (mine - users).abs().max() <= 1e-9 * largest
 
 
 class Kept(nn.Module):

@@ -25,8 +25,9 @@ def resolve(backend: str, example_inputs: Sequence[Any]) -> str:
 
 
 def stage_of(backend: str) -> Stage:
-    """What the passes need to know of a backend: whether it fuses by itself."""
-    return "inductor" if backend == "inductor" else "eager"
+    """What the passes need to know of a backend: does it fuse, does it take any function."""
+    stages: dict[str, Stage] = {"eager": "eager", "inductor": "inductor"}
+    return stages.get(backend, "export")
 
 
 def run_by(

@@ -1,4 +1,4 @@
-"""Without gradients other lowerings are the fastest: the contract holds for them too."""
+"""The eager stage: kernels, and other lowerings without gradients; the contract holds for all."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def by_length(x: Tensor) -> Tensor:
 
 def by_mean_square(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in TABLE])
+def test_a_spelling_in_eager_mode(row: Spelling) -> None:
+    """With the kernels, that no backend but this one is given."""
+    violations = contract_violations(
+        row.build(), lambda model: optimize(model, backend="eager"), row.batches(4)
+    )
+    assert violations == []
 
 
 ROWS = {
