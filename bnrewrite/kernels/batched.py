@@ -127,7 +127,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])
     mean = rows.mean(0)
     count = rows.shape[0]
-    blocks = torch.split(rows.view(1, count, 1, -1).movedim(-1, 1), -(-count // BLOCKS), 2)
+    length = max(LONGEST_SUM, -(-count // BLOCKS))
+    blocks = torch.split(rows.view(1, count, 1, -1).movedim(-1, 1), length, 2)
     both = [torch.batch_norm_update_stats(block, None, None, 0.0) for block in blocks]
     means, variances = (torch.stack([moments[i] for moments in both]) for i in range(2))
     shares = torch.tensor([[block.shape[2] / count] for block in blocks])
