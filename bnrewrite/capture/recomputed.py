@@ -67,6 +67,7 @@ def users_graph(look: Look) -> fx.GraphModule:
     results = outputs_of(look.graph)
     returned = outputs_of(module)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    updated = _last_updates(look.graph.graph)
     for each in look.rebindings:
         placeholder, value = named[each.placeholder], results[each.output]
         if each.placeholder in look.recurrent or is_updated(placeholder.meta["example_value"]):
@@ -77,7 +78,7 @@ def users_graph(look: Look) -> fx.GraphModule:
             read = graph.call_function(torch.clone, (buffer,))
         for reader in readers:
             reader.replace_input_with(buffer, read)
-        with graph.inserting_after(copies[_ready(value)]):
+        with graph.inserting_after(copies[updated.get(_memory(value), value)]):
             copied = graph.call_function(_update, (buffer, copies[value]))
         copied.meta = dict(value.meta)
         returned[each.output] = buffer
@@ -90,14 +91,14 @@ def _update(buffer: torch.Tensor, value: torch.Tensor) -> None:
     buffer.copy_(value.detach())
 
 
-def _ready(value: fx.Node) -> fx.Node:
-    """The node behind which a value does not change any more."""
-    memory, ready = _memory(value), value
-    for node in value.graph.nodes:
+def _last_updates(graph: fx.Graph) -> dict[int | None, fx.Node]:
+    """By memory, the node behind which its values do not change any more."""
+    found: dict[int | None, fx.Node] = {}
+    for node in graph.nodes:
         given = node.args[0] if node.op in CALLS and node.args else None
-        if is_in_place(node) and isinstance(given, fx.Node) and _memory(given) == memory:
-            ready = node
-    return ready
+        if is_in_place(node) and isinstance(given, fx.Node):
+            found[_memory(given)] = node
+    return found
 
 
 def _memory(node: fx.Node) -> int | None:
