@@ -204,7 +204,8 @@ def repaired(
     graph: fx.GraphModule, look: Look, rebindings: Sequence[Rebinding], differentiated_later: bool
 ) -> tuple[fx.GraphModule, Around]:
     """A graph with the outputs of the user's, with these buffers updated in place."""
-    mended = [each for each in rebindings if each.placeholder not in look.recurrent]
+    recurrent = look.recurrent
+    mended = [each for each in rebindings if each.placeholder not in recurrent]
     if not mended:
         return graph, Around((), ())
     names = {each.output: each.placeholder for each in mended}

@@ -67,10 +67,10 @@ def users_graph(look: Look) -> fx.GraphModule:
     results = outputs_of(look.graph)
     returned = outputs_of(module)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    updated = _last_updates(look.graph.graph)
+    updated, recurrent = _last_updates(look.graph.graph), look.recurrent
     for each in look.rebindings:
         placeholder, value = named[each.placeholder], results[each.output]
-        if each.placeholder in look.recurrent or is_updated(placeholder.meta["example_value"]):
+        if each.placeholder in recurrent or is_updated(placeholder.meta["example_value"]):
             continue  # the user's assignment is made
         buffer = copies[placeholder]
         readers = list(buffer.users)
