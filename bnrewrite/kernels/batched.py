@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derivatives import Gradients, of_formula, records
+from .derivatives import Gradients, gradients, records
 from .layout import has_dense_channels, has_values
 
 LONGEST_SUM = 1024  # elements of a channel that the native operator adds up
@@ -80,15 +80,12 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Gradients:
         x, weight, bias, mean, inverse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            formula = partial(_formula, eps=ctx.eps)
-            found = of_formula(formula, (x, weight, bias), needed, cotangents[0])
-        else:
-            found = torch.ops.aten.native_batch_norm_backward.default(
-                cotangents[0], x, weight, None, None, mean, inverse, True, ctx.eps, list(needed)
-            )
-        wanted = (g if need else None for g, need in zip(found, needed, strict=True))
-        return (*wanted, None, None)
+        native = partial(
+            torch.ops.aten.native_batch_norm_backward.default,
+            *(cotangents[0], x, weight, None, None, mean, inverse, True, ctx.eps, list(needed)),
+        )
+        formula = partial(_formula, eps=ctx.eps)
+        return (*gradients(formula, native, (x, weight, bias), needed, cotangents[0]), None, None)
 
 
 def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:

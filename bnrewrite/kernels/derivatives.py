@@ -27,20 +27,33 @@ def records(*inputs: Tensor | None) -> bool:
     )
 
 
-def of_formula(
+def gradients(
+    formula: Callable[..., Tensor],
+    native: Callable[[], Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    cotangent: Tensor,
+) -> Gradients:
+    """Gradients of a norm, which can be differentiated any number of times where that is asked for.
+
+    Args:
+        formula: of the inputs, from ordinary operations.
+        native: the operator's own backward, a gradient for each input.
+        inputs: what the norm is computed from.
+        needed: of which inputs the gradient is wanted.
+        cotangent: of the norm's value.
+    """
+    if torch.is_grad_enabled():
+        return _of_formula(formula, inputs, needed, cotangent)
+    return tuple(g if need else None for g, need in zip(native(), needed, strict=True))
+
+
+def _of_formula(
     formula: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
     cotangent: Tensor,
 ) -> Gradients:
-    """Gradients that can be differentiated any number of times.
-
-    Args:
-        formula: of the inputs, from ordinary operations.
-        inputs: what it is computed from.
-        needed: of which inputs the gradient is wanted.
-        cotangent: of the formula's value.
-    """
     wanted = [each for each, need in zip(inputs, needed, strict=True) if need and each is not None]
     found = iter(torch.autograd.grad(formula(*inputs), wanted, cotangent, create_graph=True))
     return tuple(

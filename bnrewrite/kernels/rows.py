@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derivatives import Gradients, of_formula, records
+from .derivatives import Gradients, gradients, records
 
 
 def layer_norm(
@@ -48,15 +48,12 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Gradients:
         x, weight, bias, mean, inverse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            formula = partial(_formula, dims=len(ctx.shape), eps=ctx.eps)
-            found = of_formula(formula, (x, weight, bias), needed, cotangents[0])
-        else:
-            found = torch.ops.aten.native_layer_norm_backward.default(
-                cotangents[0], x, ctx.shape, mean, inverse, weight, bias, list(needed)
-            )
-        wanted = (g if need else None for g, need in zip(found, needed, strict=True))
-        return (*wanted, None, None)
+        native = partial(
+            torch.ops.aten.native_layer_norm_backward.default,
+            *(cotangents[0], x, ctx.shape, mean, inverse, weight, bias, list(needed)),
+        )
+        formula = partial(_formula, dims=len(ctx.shape), eps=ctx.eps)
+        return (*gradients(formula, native, (x, weight, bias), needed, cotangents[0]), None, None)
 
 
 def _formula(
