@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,16 @@ def report_page(report: Report) -> str:
 
 
 def _sites(sites: list[Site]) -> str:
-    if not sites:
+    rows = [_row(number, site) for number, site in enumerate(sites)]
+    return _table(("#", "kind", "where", "formula", "axes", "eps", "status"), rows)
+
+
+def _table(names: Sequence[str], rows: Sequence[str]) -> str:
+    """Rows under their names; nothing where there are none."""
+    if not rows:
         return ""
-    names = ("#", "kind", "where", "formula", "axes", "eps", "status")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = "\n".join(_row(number, site) for number, site in enumerate(sites))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"
+    head, body = "".join(f"<th>{name}</th>" for name in names), "\n".join(rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
 def _row(number: int, site: Site) -> str:
@@ -70,29 +75,24 @@ def _row(number: int, site: Site) -> str:
 
 
 def _findings(report: Report) -> str:
-    if not report.findings:
-        return ""
-    rows = "\n".join(
-        f"<tr><td><code>{escape(each.code)}</code></td><td>{escape(each.message)}</td>"
-        f"<td><code>{escape(each.source)}</code></td></tr>"
-        for each in report.findings
-    )
-    head = "<tr><th>code</th><th>cause; fix</th><th>where</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>"
-    return f"<h2>Findings</h2>\n{table}"
+    said = [(each.code, each.message, each.source) for each in report.findings]
+    return _sentences("Findings", ("code", "cause; fix", "where"), said)
 
 
 def _kept(report: Report) -> str:
-    if not report.kept:
-        return ""
-    rows = "\n".join(
-        f"<tr><td><code>{escape(each.what)}</code></td><td>{escape(each.reason)}</td>"
-        f"<td><code>{escape(each.source)}</code></td></tr>"
-        for each in report.kept
-    )
-    head = "<tr><th>kept</th><th>why</th><th>where</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>"
-    return f"<h2>Kept as it is</h2>\n{table}"
+    said = [(each.what, each.reason, each.source) for each in report.kept]
+    return _sentences("Kept as it is", ("kept", "why", "where"), said)
+
+
+def _sentences(title: str, names: Sequence[str], said: Sequence[tuple[str, str, str]]) -> str:
+    """A table of sentences, each behind a name and before a place in the user's code."""
+    rows = [
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(sentence)}</td>"
+        f"<td><code>{escape(source)}</code></td></tr>"
+        for name, sentence, source in said
+    ]
+    table = _table(names, rows)
+    return f"<h2>{title}</h2>\n{table}" if table else ""
 
 
 def _graphs(texts: list[tuple[str, str]]) -> str:
