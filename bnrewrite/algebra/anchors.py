@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .calls import CASTS, arguments_of, dtype_of, is_tensor, name_of, narrows
+from .calls import CASTS, arguments_of, dtype_of, is_pointwise, is_tensor, name_of, narrows
 from .parts import TAKES_APART
 
 REDUCTIONS = frozenset((
@@ -107,7 +107,7 @@ def _scaled_by(reduction: fx.Node) -> list[fx.Node]:
     todo = list(reduction.users)
     while todo and len(seen) < FORWARD:
         node = todo.pop(0)
-        if node in seen or not _is_elementwise(node):
+        if node in seen or not (is_pointwise(node) or name_of(node) in FOLLOWED):
             continue
         seen.add(node)
         if name_of(node) not in SAME and elements(node) > own:
@@ -115,12 +115,6 @@ def _scaled_by(reduction: fx.Node) -> list[fx.Node]:
         else:
             todo += node.users
     return found
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    target = node.target
-    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return pointwise or name_of(node) in FOLLOWED
 
 
 def lineage(source: object) -> frozenset[object]:
@@ -131,9 +125,7 @@ def lineage(source: object) -> frozenset[object]:
     todo = [source]
     while todo and len(found) < STEPS:
         node = todo.pop(0)
-        target = node.target
-        pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-        if pointwise or name_of(node) in MOVES | SAME | CASTS:
+        if is_pointwise(node) or name_of(node) in MOVES | SAME | CASTS:
             todo += [n for n in node.all_input_nodes if n not in found]
             found.update(node.all_input_nodes)
     return frozenset(found)

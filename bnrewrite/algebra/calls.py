@@ -49,6 +49,12 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of a node's result is made of the operands' elements in its place."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
 def is_tensor(node: object) -> bool:
     """Whether a node holds one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)

@@ -16,7 +16,7 @@ from torch import fx
 
 from .anchors import anchors, is_power, lineage
 from .axes import Axis, Dim, Dims, Opaque, align, axes_of, fresh_dims, size_of, substitute
-from .calls import arguments_of, is_tensor, name_of, shape_of
+from .calls import arguments_of, is_pointwise, is_tensor, name_of, shape_of
 from .duplicates import duplicates
 from .expression import Polynomial, number
 from .joined import JOINS, Joined, read_joined
@@ -294,10 +294,9 @@ def _opaque(reading: Reading, node: fx.Node) -> Meaning:
 
     Not so where further statistics are taken of it: then it is the tensor that they are about.
     """
-    target = node.target
     if node in reading.anchors:
         return reading.atom(node)
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+    if is_pointwise(node):
         tensors = [reading.meanings.get(n) for n in node.all_input_nodes if is_tensor(n)]
         known = [m for m in tensors if m is not None]
         moments = frozenset().union(*(reading.ring.moments(m.value) for m in known))

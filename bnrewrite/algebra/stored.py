@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from .calls import CASTS, arguments_of, name_of
+from .calls import CASTS, arguments_of, is_pointwise, name_of
 
 RENAMED = CASTS | {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as"}
 NEAR = 16  # how many nodes a coefficient is made of, at most
@@ -27,7 +26,7 @@ def is_stored(source: object) -> bool:
         return True
     made = _origins(source, NEAR)
     return made is not None and all(
-        _is_elementwise(n)
+        is_pointwise(n) or name_of(n) in RENAMED
         if n.op == "call_function"
         else n.op == "get_attr" or n.meta.get("parameter") or n.meta.get("stored")
         for n in made
@@ -57,9 +56,3 @@ def _origins(node: fx.Node, limit: int) -> set[fx.Node] | None:
                 return None
             todo += current.all_input_nodes
     return seen
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    target = node.target
-    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return pointwise or name_of(node) in RENAMED
