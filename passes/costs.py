@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading
+from bnrewrite.algebra.anchors import elements
 from bnrewrite.algebra.axes import Axis, Dims
 
 from .nodes import current
@@ -49,7 +50,7 @@ def has_fast_norm(reading: Reading, found: Match) -> bool:
     """Whether ``vector_norm`` beats a sum of squares: it reads memory in order."""
     if found.kind not in ("lp_normalize", "rms_norm") or not may_choose_norm(reading, found):
         return False
-    if found.kind == "rms_norm" and _elements(found.linear.source) < SMALLEST_RMS:
+    if found.kind == "rms_norm" and elements(found.linear.source) < SMALLEST_RMS:
         return False
     return _is_dense(found.linear.source, found.linear.index, found.over)
 
@@ -73,9 +74,3 @@ def _is_dense(source: fx.Node, index: Dims, over: frozenset[Axis]) -> bool:
             return False
         expected *= size
     return True
-
-
-def _elements(source: fx.Node) -> int:
-    """How many elements a tensor has, by the example where its sizes are symbols."""
-    sizes = source.meta["val"].shape
-    return math.prod(s if isinstance(s, int) else int(s.node.hint or 1) for s in sizes)
