@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from bnrewrite.algebra.axes import Opaque, axes_of
+from bnrewrite.algebra.axes import Dims, Opaque, axes_of
 from bnrewrite.algebra.calls import is_tensor, shape_of
 from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
@@ -130,13 +130,8 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
     state = BatchState(_updates(rewriting, found, statistics))
     try:
         if decision.lowering == "native":
-            reading = rewriting.reading
-            layout = layout_of(reading, found)
-            eager = rewriting.options.stage == "eager"
-            writing = Writing(
-                reading, found, statistics.known, statistics.sizes, layout, in_place=eager
-            )
-            replacement = write_native(writing, state)
+            layout = layout_of(rewriting.reading, found)
+            replacement = write_native(_writing(rewriting, found, statistics, layout), state)
         else:
             replacement = _composite(rewriting, found, statistics, state)
     except (Unwritable, Opaque) as refusal:
@@ -159,13 +154,9 @@ def _composite(
     rewriting: Rewriting, found: Match, statistics: _Statistics, state: BatchState
 ) -> fx.Node:
     """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
-    assert rewriting.reading is not None
-    eager = rewriting.options.stage == "eager"
     split = tuple((axis,) for axis in axes_of(found.linear.index))
     for layout in (None, split):
-        writing = Writing(
-            rewriting.reading, found, statistics.known, statistics.sizes, layout, in_place=eager
-        )
+        writing = _writing(rewriting, found, statistics, layout)
         try:
             replacement = write_composite(writing)
             _write_state(writing, state)
@@ -173,6 +164,14 @@ def _composite(
         except Unwritable as refusal:
             reason = refusal
     raise reason
+
+
+def _writing(
+    rewriting: Rewriting, found: Match, statistics: _Statistics, layout: Dims | None
+) -> Writing:
+    assert rewriting.reading is not None
+    known, sizes, eager = statistics.known, statistics.sizes, rewriting.options.stage == "eager"
+    return Writing(rewriting.reading, found, known, sizes, layout, in_place=eager)
 
 
 def _updates(rewriting: Rewriting, found: Match, statistics: _Statistics) -> list[Update]:
