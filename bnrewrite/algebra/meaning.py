@@ -115,18 +115,19 @@ class Reading:
     def repeat(self, node: fx.Node) -> None:
         """Give a node that repeats an earlier one what is known of that one."""
         first = self.same[node]
-        if first in self.meanings:
-            self.meanings[node] = self.meanings[first]
-        if first in self.outputs:
-            self.outputs[node] = self.outputs[first]
-        if first in self.sealed:
-            self.sealed[node] = self.sealed[first]
-        if first in self.joined:
-            self.joined[node] = self.joined[first]
+        for table in self._tables():
+            if first in table:
+                table[node] = table[first]
         if first in self.narrowed:
             self.narrowed.add(node)
-        if first in self.gone:
-            self.gone[node] = self.gone[first]
+
+    def forget(self, node: fx.Node) -> None:
+        """Drop what is known of a node."""
+        for table in self._tables():
+            table.pop(node, None)
+
+    def _tables(self) -> tuple[dict[fx.Node, Any], ...]:
+        return self.meanings, self.outputs, self.sealed, self.joined, self.gone
 
     def derived(self, statistics: frozenset[object]) -> frozenset[object]:
         """The tensors that statistics are taken of, and what those are made of element by element.
@@ -266,8 +267,7 @@ def _read_node(
         reading.meanings[node] = result
     tables = (reading.outputs, reading.sealed, reading.meanings, reading.joined)
     if any(node in table for table in tables) and not reading.vanish(node):
-        for table in (*tables, reading.gone):
-            table.pop(node, None)
+        reading.forget(node)
         if isinstance(value, torch.Tensor):
             reading.meanings[node] = reading.atom(node)
     if node in reading.meanings or node in reading.outputs:
