@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -52,9 +52,19 @@ def outputs_of(graph_module: fx.GraphModule) -> list[Any]:
     return list(output.args[0])
 
 
-def is_updated(fake: Any) -> bool:
+def is_updated(fake: Any) -> TypeGuard[torch.Tensor]:
     """Whether Dynamo has seen an update in place of the value behind `fake`."""
     return isinstance(fake, torch.Tensor) and fake._version > 0
+
+
+def gains_history(fake: Any, real: Any) -> bool:
+    """Whether a value has autograd history after the call, by an update, and had none before."""
+    return (
+        is_updated(fake)
+        and fake.requires_grad
+        and isinstance(real, torch.Tensor)
+        and not real.requires_grad
+    )
 
 
 def storage_of(value: Any) -> int | None:

@@ -21,7 +21,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch.fx.traceback import preserve_node_meta
 
-from bnrewrite.capture.aliases import refuse_views_of_updated_inputs
+from bnrewrite.capture.aliases import gains_history, refuse_views_of_updated_inputs
 from bnrewrite.capture.autocast import make_casts_explicit
 from bnrewrite.capture.detached import detached_updates
 from bnrewrite.capture.interpreter import Interpreted
@@ -132,7 +132,7 @@ def _fake_inputs(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any])
         real = example_inputs[i] if i < len(example_inputs) else None
         fake = node.meta.get("example_value", real)
         if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor):
-            if fake.requires_grad and fake._version > 0 and not real.requires_grad:
+            if gains_history(fake, real):
                 fake = fake.detach()
             if fake.dtype != real.dtype or fake.dim() != real.dim():
                 raise CaptureError(f"{node.name} gets a new shape or dtype")

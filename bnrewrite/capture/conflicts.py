@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import fx
 
+from bnrewrite.capture.aliases import is_updated
 from bnrewrite.capture.canonical import Canonical
 from bnrewrite.capture.lifetime import differentiable_nodes, outlives
 from bnrewrite.capture.stretches import Stretch, itself, storages
@@ -92,5 +92,4 @@ def conflict(stretch: Stretch, canonical: Canonical | None, behind: Collection[i
 
 def _is_versioned(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
-    values = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(each, torch.Tensor) and each._version > 0 for each in values)
+    return any(map(is_updated, value if isinstance(value, list | tuple) else [value]))

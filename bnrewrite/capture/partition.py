@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.capture.aliases import outputs_of
+from bnrewrite.capture.aliases import gains_history, outputs_of
 from bnrewrite.capture.checkpointing import body_of, sourced, why_left
 from bnrewrite.capture.conflicts import conflict, updated_behind, updates_of
 from bnrewrite.capture.held import held_graphs
@@ -109,7 +109,9 @@ def _pieces(
     outputs = outputs_of(graph)
     named = {node.name: node for node in graph.graph.nodes}
     rebound = {outputs[each.output]: named[each.placeholder] for each in rebindings}
-    statistics = [node for node in real if _gains_history(node, real[node])]
+    statistics = [
+        node for node in real if gains_history(node.meta.get("example_value"), real[node])
+    ]
     found: list[tuple[Stretch | fx.Node, Modes]] = [
         (stretch, stretch.modes)
         for stretch in stretches(graph, kept, torch.is_grad_enabled(), rebound, statistics)
@@ -156,7 +158,11 @@ def _examine_stretch(
         look = replace(look, private=look.private - elsewhere)
         behind = updated_behind(stretch, updates_of(graph.graph, kept))
         reason = conflict(stretch, look.canonical, behind)
-        gaining = [node for node in stretch.inputs if _gains_history(node, real.get(node))]
+        gaining = [
+            node
+            for node in stretch.inputs
+            if gains_history(node.meta.get("example_value"), real.get(node))
+        ]
         if any(stretch.is_shared(node, behind=False) for node in gaining):
             reason = "a buffer gains autograd history in it and is used outside of it"
         if reason is not None:
@@ -214,16 +220,4 @@ def _may_update(stretch: Stretch, value: fx.Node, placeholder: fx.Node) -> bool:
         value in stretch.outputs
         and users <= set(stretch.nodes)
         and not stretch.is_shared(placeholder, behind=True)
-    )
-
-
-def _gains_history(placeholder: fx.Node, real: Any) -> bool:
-    """Whether a buffer has autograd history after the call, and had none before."""
-    fake = placeholder.meta.get("example_value")
-    return (
-        isinstance(fake, torch.Tensor)
-        and isinstance(real, torch.Tensor)
-        and fake._version > 0
-        and fake.requires_grad
-        and not real.requires_grad
     )

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from bnrewrite.capture.aliases import storage_of
+from bnrewrite.capture.aliases import is_updated, storage_of
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept, enter_autocast
 from bnrewrite.capture.targets import CALLS, is_in_place
 
@@ -170,7 +170,7 @@ def _updates_history(node: fx.Node, older: Collection[int]) -> bool:
     if not isinstance(given, fx.Node):
         return False
     value = given.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or not value.requires_grad or value._version == 0:
+    if not is_updated(value) or not value.requires_grad:
         return False
     return storage_of(value) in older and (is_in_place(node) or itself(node) is not node)
 
