@@ -64,7 +64,7 @@ def users_graph(look: Look) -> fx.GraphModule:
     graph.output(graph.graph_copy(look.graph.graph, copies))
     module = fx.GraphModule(look.graph, graph)
     named = {node.name: node for node in look.graph.graph.nodes}
-    results = outputs_of(look.graph)
+    results: list[fx.Node] = outputs_of(look.graph)
     returned = outputs_of(module)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     updated, recurrent = _last_updates(look.graph.graph), look.recurrent
