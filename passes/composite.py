@@ -13,7 +13,6 @@ from bnrewrite.algebra import centre
 from bnrewrite.algebra.calls import dtype_of
 from bnrewrite.algebra.expression import ZERO, Polynomial, added, scaled
 
-from .costs import has_fast_norm
 from .nodes import Unwritable, Value, aten, holds_tensor
 from .writing import Writing
 
@@ -28,8 +27,7 @@ def write_composite(writing: Writing) -> fx.Node:
     """
     found, ring = writing.match, writing.reading.ring
     linear = found.linear
-    measured = writing.in_place and has_fast_norm(writing.reading, found)
-    if found.kind == "lp_normalize" or measured:
+    if found.kind == "lp_normalize" or writing.has_fast_norm:
         writing.measure()
     divided = _divided(writing)
     if divided is not None:

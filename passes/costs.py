@@ -46,9 +46,14 @@ def may_choose_norm(reading: Reading, found: Match) -> bool:
     )
 
 
-def has_fast_norm(reading: Reading, found: Match) -> bool:
-    """Whether ``vector_norm`` beats a sum of squares: it reads memory in order."""
-    if found.kind not in ("lp_normalize", "rms_norm") or not may_choose_norm(reading, found):
+def has_fast_norm(reading: Reading, found: Match, *, eager: bool) -> bool:
+    """Whether ``vector_norm`` beats a sum of squares: it reads memory in order.
+
+    It is for the eager stage alone, which runs what is written; others are given the plain formula.
+    """
+    if not eager or found.kind not in ("lp_normalize", "rms_norm"):
+        return False
+    if not may_choose_norm(reading, found):
         return False
     if found.kind == "rms_norm" and elements(found.linear.source) < SMALLEST_RMS:
         return False

@@ -60,6 +60,7 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
         native = False  # which pass keeps the digits is decided by a kernel of the eager stage
     if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
-    if options.kernels == "auto" and found.kind == "rms_norm" and has_fast_norm(reading, found):
-        native = False  # it is no operation of its own on a CPU
+    if options.kernels == "auto" and found.kind == "rms_norm":
+        eager = options.stage == "eager"  # rms_norm is no operation of its own on a CPU
+        native = native and not has_fast_norm(reading, found, eager=eager)
     return "native" if native else "composite"

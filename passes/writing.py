@@ -60,6 +60,11 @@ class Writing:
             if stopped != match.moments:
                 self._give(stopped, stopped=True)
 
+    @property
+    def has_fast_norm(self) -> bool:
+        """Whether norms of the input are made by ``vector_norm``."""
+        return has_fast_norm(self.reading, self.match, eager=self.in_place)
+
     def measure(self) -> None:
         """Let the emitter write norms of the input from a ``vector_norm`` or a sum of squares."""
         found, ring = self.match, self.reading.ring
@@ -70,7 +75,7 @@ class Writing:
         magnitude = ring.absolute(x)
         n = float(count)
         root, square = (self._norm_of(2), n**-0.5, 1), (self._squares, 1 / n, 1)
-        if self.in_place and has_fast_norm(self.reading, found):
+        if self.has_fast_norm:
             square = (self._norm_of(2), n**-0.5, 2)
         elif self.in_place and may_choose_norm(self.reading, found):
             root = (self._root_of_squares, n**-0.5, 1)

@@ -41,6 +41,15 @@ def test_a_spelling_in_eager_mode(row: Spelling) -> None:
     assert violations == []
 
 
+def test_only_the_eager_stage_takes_a_norm_for_a_sum_of_squares() -> None:
+    x = torch.randn(512, 256)  # large enough that it is the faster one there
+    lowerings = {}
+    for backend in ("eager", "aot_eager"):
+        (site,) = explain(optimize(by_mean_square, backend=backend), x).sites
+        lowerings[backend] = site.kind, site.lowering
+    assert lowerings == {"eager": ("rms_norm", "composite"), "aot_eager": ("rms_norm", "native")}
+
+
 ROWS = {
     "long": torch.randn(5, 4096),
     "longer": torch.randn(3, 50_000),
