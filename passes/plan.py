@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bnrewrite.algebra import centre
+from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
 
 from .costs import has_fast_norm
@@ -47,6 +47,8 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
     assert rewriting.reading is not None
     if options.kernels == "native" and not has_native(rewriting.reading, decision.match):
         return f'kernels="native" leaves a {kind} that PyTorch has no operator for'
+    if options.kernels == "native" and _loses_digits(rewriting, decision.match):
+        return 'kernels="native" leaves an affine of which PyTorch\'s operator may lose digits'
     if options.strict and decision.notes:
         return f"strict=True leaves a site whose replacement is {decision.notes[0]}"
     return None
@@ -56,11 +58,21 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     options, reading, found = rewriting.options, rewriting.reading, decision.match
     assert reading is not None
     native = has_native(reading, found) and options.kernels != "composite"
-    if found.kind == "affine" and options.stage != "eager" and centre(reading, found) is not None:
-        native = False  # which pass keeps the digits is decided by a kernel of the eager stage
+    if _loses_digits(rewriting, found):
+        native = False
     if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
     if options.kernels == "auto" and found.kind == "rms_norm":
         eager = options.stage == "eager"  # rms_norm is no operation of its own on a CPU
         native = native and not has_fast_norm(reading, found, eager=eager)
     return "native" if native else "composite"
+
+
+def _loses_digits(rewriting: Rewriting, found: Match) -> bool:
+    """Whether the operator computes ``x a + b`` where the user's code centres first.
+
+    Which of the two keeps the digits is decided by a kernel of the eager stage, when it runs.
+    """
+    assert rewriting.reading is not None
+    eager = rewriting.options.stage == "eager"
+    return found.kind == "affine" and not eager and centre(rewriting.reading, found) is not None

@@ -103,6 +103,20 @@ def test_a_frozen_norm_keeps_the_digits_of_its_centre(mean: float) -> None:
     assert (optimize(model, backend="eager")(x) - exact).abs().max() < 2e-6
 
 
+def test_a_stage_without_kernels_is_given_no_operator_that_may_lose_digits() -> None:
+    x = torch.randn(3, 4, 6, 5)
+    found = {}
+    for kernels in ("auto", "native", "composite"):
+        model = optimize(Frozen().eval(), backend="aot_eager", kernels=kernels)
+        (site,) = explain(model, x).sites
+        found[kernels] = site.lowering or site.reason
+    assert found == {
+        "auto": "composite",
+        "native": 'kernels="native" leaves an affine of which PyTorch\'s operator may lose digits',
+        "composite": "composite",
+    }
+
+
 def test_statistics_that_change_are_looked_at_again() -> None:
     model = optimize(Frozen().eval(), backend="eager")
     x = torch.randn(3, 4, 6, 5)
