@@ -16,7 +16,7 @@ KINDS = (
     "affine",
     "general",
 )
-KERNELS = ("auto", "native", "composite")
+KERNELS = ("auto", "native", "generated", "composite")
 
 Stage = Literal["eager", "inductor", "export"]
 
@@ -34,7 +34,8 @@ class Options:
         disable: names of passes and kinds of norm that are switched off.
         only: kinds of norm or site numbers that are rewritten, None for all.
         kernels: "auto" for the fastest lowering that is available; "native" for PyTorch's own
-            operators alone; "composite" for moments and a multiply-add alone.
+            operators alone; "generated" for kernels printed from the formula wherever it has one;
+            "composite" for moments and a multiply-add alone.
         stage: what runs the rewritten graph.
     """
 

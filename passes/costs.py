@@ -24,10 +24,25 @@ from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.anchors import elements
 from bnrewrite.algebra.axes import Axis, Dims
 
+from bnrewrite.kernels import has_compiler
+
 from .nodes import current
 
 LONGEST_NORM = 4096
+SMALLEST_KERNEL = 8192  # elements; below, what surrounds a kernel costs more than it saves
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SMALLEST_RMS = 16384  # elements; below, the number of operations counts
+
+
+def may_generate(found: Match) -> bool:
+    """Whether a site's tensor is one that kernels are printed for, and something compiles them."""
+    x = found.linear.source.meta["val"]
+    return bool(found.over) and x.device.type == "cpu" and x.dtype in FLOATING and has_compiler()
+
+
+def has_fast_kernel(found: Match) -> bool:
+    """Whether a kernel of its own beats the other lowerings."""
+    return elements(found.linear.source) >= SMALLEST_KERNEL
 
 
 def may_choose_norm(reading: Reading, found: Match) -> bool:

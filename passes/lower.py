@@ -21,6 +21,7 @@ from bnrewrite.algebra.match import Match
 
 from .composite import write_composite
 from .emitter import Reusable
+from .generated import write_generated
 from .native import layout_of, write_native
 from .nodes import Sizes, Unwritable
 from .rewriting import Decision, Refusal, Rewriting
@@ -30,7 +31,7 @@ from .writing import Writing
 
 @dataclass(frozen=True)
 class Lower:
-    """Writes native and composite lowerings."""
+    """Writes native, generated and composite lowerings."""
 
     name: str = "lower"
 
@@ -126,14 +127,9 @@ def _is_plain(value: Polynomial) -> bool:
 
 def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> None:
     found = decision.match
-    assert rewriting.reading is not None
     state = BatchState(_updates(rewriting, found, statistics))
     try:
-        if decision.lowering == "native":
-            layout = layout_of(rewriting.reading, found)
-            replacement = write_native(_writing(rewriting, found, statistics, layout), state)
-        else:
-            replacement = _composite(rewriting, found, statistics, state)
+        replacement = _written(rewriting, decision, statistics, state)
     except (Unwritable, Opaque) as refusal:
         decision.refusal = Refusal(str(refusal), found.node)
         return
@@ -148,6 +144,24 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         statistics.made_of[found.linear.source].pop(old)
     buffers = [u.buffer for u in state.updates if u.buffer is not None]
     decision.state += [str(b.meta.get("path") or b.name) for b in buffers]
+
+
+def _written(
+    rewriting: Rewriting, decision: Decision, statistics: _Statistics, state: BatchState
+) -> fx.Node:
+    """The lowering of a decision, or the next best where its formula has no kernel."""
+    found = decision.match
+    assert rewriting.reading is not None
+    if decision.lowering == "generated":
+        try:
+            return write_generated(_writing(rewriting, found, statistics, None), state)
+        except (Unwritable, Opaque):
+            decision.lowering = decision.otherwise
+            state.replaced.clear()
+    if decision.lowering == "native":
+        layout = layout_of(rewriting.reading, found)
+        return write_native(_writing(rewriting, found, statistics, layout), state)
+    return _composite(rewriting, found, statistics, state)
 
 
 def _composite(

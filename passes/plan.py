@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
 
-from .costs import has_fast_norm
+from .costs import has_fast_kernel, has_fast_norm, may_generate
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Native where PyTorch has the op and needs no copy for it, else moments and a multiply-add."""
+    """A kernel where it is the fastest, else PyTorch's op, else moments and a multiply-add."""
 
     name: str = "plan"
 
@@ -32,7 +32,9 @@ class Plan:
             if reason is not None:
                 decision.refusal = Refusal(reason, decision.match.node)
             else:
-                decision.lowering = _lowering(rewriting, decision)
+                decision.lowering = decision.otherwise = _lowering(rewriting, decision)
+                if _has_kernel(rewriting, decision.match):
+                    decision.lowering = "generated"
 
 
 def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str | None:
@@ -66,6 +68,13 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
         eager = options.stage == "eager"  # rms_norm is no operation of its own on a CPU
         native = native and not has_fast_norm(reading, found, eager=eager)
     return "native" if native else "composite"
+
+
+def _has_kernel(rewriting: Rewriting, found: Match) -> bool:
+    options = rewriting.options
+    if options.stage != "eager" or options.kernels not in ("auto", "generated"):
+        return False
+    return may_generate(found) and (options.kernels == "generated" or has_fast_kernel(found))
 
 
 def _loses_digits(rewriting: Rewriting, found: Match) -> bool:

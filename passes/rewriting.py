@@ -30,13 +30,15 @@ class Decision:
     """A recognised norm and what becomes of it.
 
     Attributes:
-        lowering: "native" or "composite" once planned.
+        lowering: "native", "generated" or "composite" once planned.
+        otherwise: what it is where the formula has no kernel.
         refusal: why it stays, where it stays.
         state: paths of the buffers that are updated from the site's moments.
     """
 
     match: Match
     lowering: str | None = None
+    otherwise: str | None = None
     refusal: Refusal | None = None
     notes: list[str] = field(default_factory=list)
     state: list[str] = field(default_factory=list)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .batched import batch_norm
 from .frozen import frozen_batch_norm
+from .generated import check_program, has_compiler, norm, norm_with_updates
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
@@ -14,13 +15,17 @@ from .rows import layer_norm
 __all__ = [
     "KERNELS",
     "batch_norm",
+    "check_program",
     "frozen_batch_norm",
     "group_norm",
+    "has_compiler",
     "has_dense_channels",
     "layer_norm",
+    "norm",
+    "norm_with_updates",
 ]
 
 # Each returns a new tensor, and a backward needs its inputs alone.
 KERNELS: frozenset[Callable[..., Any]] = frozenset(
-    {batch_norm, frozen_batch_norm, group_norm, layer_norm}
+    {batch_norm, frozen_batch_norm, group_norm, layer_norm, norm, norm_with_updates}
 )

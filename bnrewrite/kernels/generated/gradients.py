@@ -1,0 +1,92 @@
+"""The backward of a program by differentiation: which sums it needs, and what is made of them.
+
+With u = x - centre, y = A u + B, A = sum a_i p_i and B = sum b_j q_j (a, b, centre of a group; p, q
+inside it), n elements in a group and g the cotangent of y behind the activation:
+
+    da_i = sum g u p_i      db_j = sum g q_j      dcentre = - sum_i a_i sum g p_i
+    dM, dV by the chain rule through a_i, b_j and centre
+    dx = A g + dM / n + 2 dV (x - M) / n
+
+and a tensor t inside a group takes ``g u sum a_i dp_i/dt + g sum b_j dq_j/dt``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import sympy
+
+from .program import M, Term, V, parse
+
+
+Slope = tuple[int, sympy.Expr]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """``sum g * element * u ** degree`` over a group."""
+
+    element: sympy.Expr
+    degree: int
+    symbol: sympy.Symbol
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward computes, in the symbols of the program and of its sums.
+
+    Attributes:
+        sums: over each group.
+        mean, variance: dM and dV.
+        groups: of tensors that are constant inside a group, before they are summed over groups.
+        inside: of tensors that vary inside a group: the factors of ``g u``, and those of g; each
+            is the place of a term, and the derivative of its element.
+    """
+
+    sums: tuple[Sum, ...]
+    mean: sympy.Expr
+    variance: sympy.Expr
+    groups: dict[int, sympy.Expr]
+    inside: dict[int, tuple[tuple[Slope, ...], tuple[Slope, ...]]]
+
+
+@cache
+def gradients(text: str) -> Gradients:
+    """Differentiate a program."""
+    program = parse(text)
+    free = [i for i in range(len(program.tensors)) if i not in program.fixed]
+    inner = [i for i in free if program.inside(i)]
+    outer = [i for i in free if not program.inside(i)]
+    variables = [M, V, *(program.symbol(i) for i in outer)]
+    sums: dict[tuple[sympy.Expr, int], Sum] = {}
+
+    def total(element: sympy.Expr, degree: int) -> sympy.Symbol:
+        key = (element, degree)
+        if key not in sums:
+            sums[key] = Sum(element, degree, sympy.Symbol(f"S{len(sums)}", real=True))
+        return sums[key].symbol
+
+    found = dict.fromkeys(variables, sympy.Integer(0))
+    for variable in variables:
+        parts = []
+        for degree, terms in ((1, program.scale), (0, program.shift)):
+            for term in terms:
+                slope = sympy.diff(term.group, variable)
+                if slope != 0:
+                    parts.append(slope * total(term.element, degree))
+        slope = sympy.diff(program.centre, variable)
+        if slope != 0:
+            parts += [-slope * t.group * total(t.element, 0) for t in program.scale]
+        found[variable] = sympy.Add(*parts)
+    inside = {
+        i: (_slopes(program.scale, program.symbol(i)), _slopes(program.shift, program.symbol(i)))
+        for i in inner
+    }
+    groups = {i: found[program.symbol(i)] for i in outer}
+    return Gradients(tuple(sums.values()), found[M], found[V], groups, inside)
+
+
+def _slopes(terms: tuple[Term, ...], symbol: sympy.Symbol) -> tuple[Slope, ...]:
+    slopes = ((place, sympy.diff(term.element, symbol)) for place, term in enumerate(terms))
+    return tuple(slope for slope in slopes if slope[1] != 0)

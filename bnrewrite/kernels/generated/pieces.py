@@ -1,0 +1,68 @@
+"""Pieces of source that kernels over rows and over columns share."""
+
+from __future__ import annotations
+
+import sympy
+
+from .printing import Source, of_elements
+
+
+def decode(loops: list[int], flat: str, indent: str) -> list[str]:
+    """The indices of loops from one flat index."""
+    if len(loops) == 1:
+        return [f"{indent}const int64_t i{loops[0]} = {flat};"]
+    lines = [f"{indent}int64_t rest_{flat} = {flat};"] if loops else []
+    for place, loop in enumerate(reversed(loops)):
+        value = f"rest_{flat}" if place == len(loops) - 1 else f"rest_{flat} % n{loop}"
+        lines.append(f"{indent}const int64_t i{loop} = {value};")
+        if place < len(loops) - 1:
+            lines.append(f"{indent}rest_{flat} /= n{loop};")
+    return lines
+
+
+def offset(loops: list[int]) -> str:
+    return " + ".join([f"i{i} * s{i}" for i in loops]) or "0"
+
+
+def indented(lines: list[str], by: int) -> list[str]:
+    return [" " * by + line for line in lines]
+
+
+class Sums:
+    """The sums of a backward: which are taken of elements, and which are made of those by row."""
+
+    def __init__(self, source: Source, inner: list[int], outer: list[int]) -> None:
+        self.symbols = {source.program.symbol(i) for i in inner}
+        self.rows = {source.program.symbol(i) for i in outer}
+        self.lanes: dict[tuple[str, int], str] = {}
+
+    def lane(self, element: sympy.Expr, degree: int) -> str:
+        """The sum over a row, times what is constant along it."""
+        symbols = element.free_symbols
+        inside = bool(symbols & self.symbols)
+        key = of_elements(element) if inside else ""
+        name = self.lanes.setdefault((key, degree), f"lane{len(self.lanes)}")
+        if inside or element == 1:
+            return f"{name}_sum"
+        return f"({of_elements(element)}) * {name}_sum"
+
+
+def inside(source: Source, number: int, names: dict[str, str] | None = None) -> str:
+    """What an element adds to a tensor that varies inside a group."""
+    parts = []
+    for letter, slopes, cotangent in zip("ab", source.gradients.inside[number], ("gu", "g"), strict=True):
+        for place, element in slopes:
+            factors = source.factor(letter, place, names)
+            if element != 1:
+                factors.append(f"({of_elements(element)})")
+            parts.append(" * ".join([*factors, cotangent]))
+    return " + ".join(parts) or "V{}"
+
+
+def inside_sums(source: Source, sums: Sums, number: int) -> str:
+    """The same of all elements along which a tensor is constant, from their sums."""
+    parts = []
+    for letter, slopes, degree in zip("ab", source.gradients.inside[number], (1, 0), strict=True):
+        for place, element in slopes:
+            parts.append(" * ".join([*source.factor(letter, place), sums.lane(element, degree)]))
+    return " + ".join(parts) or "0"

@@ -1,0 +1,152 @@
+// Vectors of 16 numbers, loads and stores of every dtype, and moments that are merged.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#include <omp.h>
+
+namespace {
+
+constexpr int64_t W = 16;       // numbers in a vector
+constexpr int64_t BLOCK = 1024; // numbers that are added up in single precision
+constexpr int64_t ROWS = 64;    // rows of columns that are
+constexpr int64_t TALL = 4;     // rows that are read at once
+
+typedef acc vec __attribute__((vector_size(W * sizeof(acc))));
+typedef uint16_t half_bits __attribute__((vector_size(32)));
+typedef uint32_t word_bits __attribute__((vector_size(64)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+typedef _Float16 float16;
+
+template <class V, class T>
+inline V load(const T *p) {
+  if constexpr (std::is_same_v<V, vec>) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      half_bits half;
+      std::memcpy(&half, p, sizeof half);
+      word_bits word = __builtin_convertvector(half, word_bits) << 16;
+      typedef float floats __attribute__((vector_size(64)));
+      floats value;
+      std::memcpy(&value, &word, sizeof value);
+      return __builtin_convertvector(value, vec);
+    } else {
+      typedef T values __attribute__((vector_size(W * sizeof(T))));
+      values value;
+      std::memcpy(&value, p, sizeof value);
+      return __builtin_convertvector(value, vec);
+    }
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    uint32_t word = uint32_t(p->bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return V(value);
+  } else {
+    return V(*p);
+  }
+}
+
+template <class T, class V>
+inline void store(T *p, V value) {
+  if constexpr (std::is_same_v<V, vec>) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      typedef float floats __attribute__((vector_size(64)));
+      floats single = __builtin_convertvector(value, floats);
+      word_bits word;
+      std::memcpy(&word, &single, sizeof word);
+      word_bits rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+      rounded = (word & 0x7fffffff) > 0x7f800000 ? (word >> 16) | 0x40 : rounded;
+      half_bits half = __builtin_convertvector(rounded, half_bits);
+      std::memcpy(p, &half, sizeof half);
+    } else {
+      typedef T values __attribute__((vector_size(W * sizeof(T))));
+      values result = __builtin_convertvector(value, values);
+      std::memcpy(p, &result, sizeof result);
+    }
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    float single = float(value);
+    uint32_t word;
+    std::memcpy(&word, &single, 4);
+    bool nan = (word & 0x7fffffff) > 0x7f800000;
+    p->bits = uint16_t(nan ? (word >> 16) | 0x40 : (word + 0x7fff + ((word >> 16) & 1)) >> 16);
+  } else {
+    *p = T(value);
+  }
+}
+
+typedef acc half_vec __attribute__((vector_size(W / 2 * sizeof(acc))));
+typedef double eight __attribute__((vector_size(64)));
+
+// The sum of the lanes and a rest, in double precision.
+inline double total(vec lanes, acc rest) {
+  half_vec halves[2];
+  std::memcpy(halves, &lanes, sizeof lanes);
+  eight sums = __builtin_convertvector(halves[0], eight) + __builtin_convertvector(halves[1], eight);
+  typedef double four __attribute__((vector_size(32)));
+  four quarters[2];
+  std::memcpy(quarters, &sums, sizeof sums);
+  four last = quarters[0] + quarters[1];
+  return ((last[0] + last[1]) + (last[2] + last[3])) + rest;
+}
+
+// The numbers from `begin` to `end`, a vector at a time and then one by one.
+template <class Body>
+inline void each(int64_t begin, int64_t end, Body body) {
+  int64_t j = begin;
+  for (; j + W <= end; j += W) body(vec{}, j);
+  for (; j < end; ++j) body(acc{}, j);
+}
+
+// The same for sums: SLOTS of them grow side by side, as one alone would wait for each addition.
+constexpr int SLOTS = 4;
+typedef vec slots[SLOTS];
+
+template <class Body>
+inline void each_summed(int64_t begin, int64_t end, Body body) {
+  int64_t j = begin;
+  for (; j + SLOTS * W <= end; j += SLOTS * W) {
+    body(vec{}, j, std::integral_constant<int, 0>{});
+    body(vec{}, j + W, std::integral_constant<int, 1>{});
+    body(vec{}, j + 2 * W, std::integral_constant<int, 2>{});
+    body(vec{}, j + 3 * W, std::integral_constant<int, 3>{});
+  }
+  for (; j + W <= end; j += W) body(vec{}, j, std::integral_constant<int, 0>{});
+  for (; j < end; ++j) body(acc{}, j, std::integral_constant<int, 0>{});
+}
+
+// Adds a number or vector to a sum.
+template <class V>
+inline void add(slots &lanes, acc &rest, V value, int slot) {
+  if constexpr (std::is_same_v<V, vec>) lanes[slot] += value;
+  else rest += value;
+}
+
+inline double total(const slots &lanes, acc rest) {
+  return total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), rest);
+}
+
+inline void clear(slots &lanes, acc &rest) {
+  for (int i = 0; i < SLOTS; ++i) lanes[i] = vec{};
+  rest = 0;
+}
+
+// Adds the moments of a block, which are sums of d = x - pivot, to those of a group.
+inline void merge(double &count, double &mean, double &spread, double n, double pivot, double sum,
+                  double squares) {
+  double block = pivot + sum / n;
+  double distance = block - mean;
+  double both = count + n;
+  mean += distance * (n / both);
+  spread += (squares - sum * (sum / n)) + distance * distance * (count * (n / both));
+  count = both;
+}
+
+inline double larger(double a, double bound) { return a < bound ? bound : a; }
+inline double at_least(double a, double bound) { return a >= bound ? 1.0 : 0.0; }
+inline double inverse_root(double a) { return a == 0 ? 0.0 : 1 / std::sqrt(a); }
+
+} // namespace

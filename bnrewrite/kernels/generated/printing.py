@@ -1,0 +1,248 @@
+"""Prints formulas as C++, and what rows and columns have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from sympy.printing.cxx import CXX17CodePrinter
+
+from .gradients import Gradients, gradients
+from .layout import Layout
+from .program import M, Ms, Program, Term, V, Vs, parse
+
+CTYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+class Unprintable(Exception):
+    """A formula or layout that has no kernel."""
+
+
+class _Groups(CXX17CodePrinter):  # type: ignore[misc]
+    """Expressions of a group, in double precision."""
+
+    def _print_Pow(self, value: Any) -> str:
+        base, power = value.args
+        whole = sympy.floor(abs(power)) if power.is_Rational else None
+        if whole is None or whole > 4 or power.q > 2:
+            return str(super()._print_Pow(value))
+        base = self._print(base)
+        factors = [f"({base})"] * int(whole) + [f"std::sqrt({base})"] * (power.q == 2)
+        product = " * ".join(factors)
+        return f"({product})" if power > 0 else f"(1 / ({product}))"
+
+    def _print_Larger(self, value: Any) -> str:
+        return f"larger({self._print(value.args[0])}, {self._print(value.args[1])})"
+
+    def _print_AtLeast(self, value: Any) -> str:
+        return f"at_least({self._print(value.args[0])}, {self._print(value.args[1])})"
+
+    def _print_Root(self, value: Any) -> str:
+        return f"std::sqrt({self._print(value.args[0])})"
+
+    def _print_InverseRoot(self, value: Any) -> str:
+        return f"inverse_root({self._print(value.args[0])})"
+
+
+class _Elements(CXX17CodePrinter):  # type: ignore[misc]
+    """Sums, products and quotients of elements, in the precision that the kernel computes in."""
+
+    def _print_Integer(self, value: Any) -> str:
+        return f"acc({int(value)})"
+
+    def _print_Float(self, value: Any) -> str:
+        return f"acc({float(value)!r})"
+
+    def _print_Rational(self, value: Any) -> str:
+        return f"acc({float(value)!r})"
+
+    def _print_Pow(self, value: Any) -> str:
+        base, power = value.args
+        if not power.is_Integer or power == 0:
+            raise Unprintable("a power inside a group")
+        product = " * ".join([f"({self._print(base)})"] * abs(int(power)))
+        return f"({product})" if power > 0 else f"(acc(1) / ({product}))"
+
+    def _print_Function(self, value: Any) -> str:
+        raise Unprintable("a function inside a group")
+
+    def _print_Abs(self, value: Any) -> str:
+        raise Unprintable("a function inside a group")
+
+    _print_Larger = _print_AtLeast = _print_Root = _print_InverseRoot = _print_Function
+    _print_exp = _print_log = _print_Function
+
+
+def of_elements(value: sympy.Expr) -> str:
+    """An expression of elements."""
+    return str(_Elements().doprint(value))
+
+
+def of_groups(named: Sequence[tuple[str, sympy.Expr]], letter: str = "z") -> list[str]:
+    """Expressions of a group as definitions in double precision, common parts once."""
+    symbols = sympy.numbered_symbols(letter)
+    common, values = sympy.cse([value for _, value in named], symbols=symbols)
+    pairs = [*((str(s), v) for s, v in common), *((n, v) for (n, _), v in zip(named, values, strict=True))]
+    return [f"const double {name} = {_Groups().doprint(value)};" for name, value in pairs]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source is printed from.
+
+    Attributes:
+        text: the program.
+        layout: the loops.
+        dtypes: of x, y and each tensor.
+    """
+
+    text: str
+    layout: Layout
+    dtypes: tuple[str, ...]
+
+    @property
+    def program(self) -> Program:
+        """The program of the text."""
+        return parse(self.text)
+
+    @property
+    def gradients(self) -> Gradients:
+        """Its backward."""
+        return gradients(self.text)
+
+    @property
+    def single(self) -> str:
+        """The type that is computed in."""
+        return "double" if "float64" in self.dtypes else "float"
+
+    def free(self) -> list[int]:
+        """The tensors that take a gradient."""
+        program = self.program
+        return [i for i in range(len(program.tensors)) if i not in program.fixed]
+
+    def used(self) -> list[int]:
+        """The tensors that a backward reads: all but those of updates alone."""
+        program = self.program
+        values = [program.centre]
+        values += [v for t in (*program.scale, *program.shift) for v in (t.group, t.element)]
+        symbols = {symbol for value in values for symbol in value.free_symbols}
+        return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
+
+    def runs(self, number: int) -> list[int]:
+        """The loops along which a tensor runs."""
+        return [i for i, loop in enumerate(self.layout.loops) if number in loop.tensors]
+
+    def signature(self, name: str, arguments: Iterable[str]) -> str:
+        """The head of a function, and the lengths of its loops."""
+        loops = range(len(self.layout.loops))
+        lines = [f'extern "C" void {name}({", ".join(arguments)}, const int64_t *size, int64_t threads) {{']
+        lines += [f"  const int64_t n{i} = size[{i}];" for i in loops]
+        lines += [f"  const int64_t s{i} = {' * '.join([f'n{j}' for j in loops if j > i]) or '1'};" for i in loops]
+        return "\n".join(lines)
+
+    def forward_arguments(self) -> list[str]:
+        """x, residual, y, moments, updates, tensors."""
+        x, y, *tensors = (CTYPES[d] for d in self.dtypes)
+        given = [f"const {t} *__restrict p{i}" for i, t in enumerate(tensors)]
+        return [
+            f"const {x} *__restrict x", f"const {x} *__restrict residual", f"{y} *__restrict y",
+            "acc *__restrict moments", "acc *__restrict updates", *given,
+        ]  # fmt: skip
+
+    def backward_arguments(self) -> list[str]:
+        """dy, x, y, moments, dx, dresidual, tensors, their gradients."""
+        x, y, *tensors = (CTYPES[d] for d in self.dtypes)
+        given = [f"const {t} *__restrict p{i}" for i, t in enumerate(tensors)]
+        wanted = [f"{tensors[i]} *__restrict q{i}" for i in self.free()]
+        return [
+            f"const {y} *__restrict dy", f"const {x} *__restrict x", f"const {y} *__restrict y",
+            "const acc *__restrict moments", f"{x} *__restrict dx", f"{x} *__restrict dresidual",
+            *given, *wanted,
+        ]  # fmt: skip
+
+    def index(self, number: int, names: dict[int, str] | None = None, *, without: int = -1) -> str:
+        """Where the element of a tensor lies; ``without`` the densest loops, times their length."""
+        result = ""
+        for loop in self.runs(number):
+            name = "0" if loop == without else (names or {}).get(loop, f"i{loop}")
+            result = f"({result}) * n{loop} + {name}" if result else name
+        return result or "0"
+
+    def coefficients(self, gradients: bool = False) -> list[str]:
+        """Definitions of a_i, b_j and the centre of a group, from M, V and its tensors."""
+        named = [*self._named("a", self.program.scale), *self._named("b", self.program.shift)]
+        if self.has_centre:
+            named.append(("centre", self.program.centre))
+        return of_groups([(f"{name}_", value) for name, value in named], "common")
+
+    def names(self) -> list[str]:
+        """The names of the coefficients of a group."""
+        named = [*self._named("a", self.program.scale), *self._named("b", self.program.shift)]
+        return [name for name, _ in named] + ["centre"] * self.has_centre
+
+    @staticmethod
+    def _named(letter: str, terms: tuple[Term, ...]) -> list[tuple[str, sympy.Expr]]:
+        return [(f"{letter}{i}", t.group) for i, t in enumerate(terms) if t.group != 1]
+
+    def factor(self, letter: str, place: int, names: dict[str, str] | None = None) -> list[str]:
+        """The name of a term's value of the group, where it is not one."""
+        terms = self.program.scale if letter == "a" else self.program.shift
+        name = f"{letter}{place}"
+        return [] if terms[place].group == 1 else [(names or {}).get(name, name)]
+
+    @property
+    def has_centre(self) -> bool:
+        """Whether something is subtracted from x first."""
+        return bool(self.program.centre != 0)
+
+    @property
+    def centred_at_mean(self) -> bool:
+        """Whether that is the mean."""
+        return self.program.centre in (M, Ms)
+
+    def affine(self, names: dict[str, str] | None = None) -> tuple[str, str]:
+        """A and B of an element, from the coefficients of its group."""
+
+        def written(letter: str, terms: tuple[Term, ...]) -> str:
+            parts = []
+            for i, term in enumerate(terms):
+                factors = self.factor(letter, i, names)
+                if term.element != 1 or not factors:
+                    factors.append(f"({of_elements(term.element)})")
+                parts.append(" * ".join(factors))
+            return " + ".join(parts)
+
+        return written("a", self.program.scale), written("b", self.program.shift)
+
+    def activated(self, value: str) -> str:
+        """The activation of a vector or number."""
+        kind = self.program.activation
+        if kind == "relu":
+            return f"({value} < acc(0) ? V{{}} : {value})"
+        if kind == "relu6":
+            return f"({value} < acc(0) ? V{{}} : {value} > acc(6) ? V{{}} + acc(6) : {value})"
+        return value
+
+    def masked(self, value: str) -> str:
+        """The cotangent behind the activation whose argument is a value."""
+        kind = self.program.activation
+        if kind == "relu":
+            return f"({value} <= acc(0) ? V{{}} : g)"
+        if kind == "relu6":
+            return f"({value} <= acc(0) ? V{{}} : {value} >= acc(6) ? V{{}} : g)"
+        return "g"
+
+    def statistics(self, index: str, count: str) -> list[str]:
+        """M and V of a group from what was saved."""
+        if self.program.about_zero:
+            return [f"const double V = moments[{index}], M = 0;"]
+        return [f"const double M = moments[{index}], V = moments[{count} + {index}];"]
+
+    def stopped(self) -> list[str]:
+        """The moments through which no gradient flows are the moments."""
+        used = {s for t in (*self.program.scale, *self.program.shift) for s in t.group.free_symbols}
+        used |= self.program.centre.free_symbols
+        used |= {s for u in self.program.updates for s in u.free_symbols}
+        return [f"const double {a} = {b};" for a, b in ((Ms, M), (Vs, V)) if a in used]

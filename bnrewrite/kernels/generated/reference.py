@@ -1,0 +1,111 @@
+"""A program from torch's operations: the oracle of the kernels, and what stands in for them.
+
+It can be traced, differentiated any number of times and run on any device and layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from .program import M, Ms, N, V, Vs, parse
+
+_FUNCTIONS: dict[str, Any] = {
+    "Larger": lambda a, bound: torch.clamp_min(a, bound),
+    "Root": lambda a: torch.linalg.vector_norm(a.unsqueeze(-1).sqrt(), dim=-1),
+    "sqrt": lambda a: a**0.5,
+    "exp": torch.exp,
+    "log": torch.log,
+    "Abs": torch.abs,
+}
+
+
+def reference(
+    text: str, x: Tensor, tensors: Sequence[Tensor], *, updates: bool = True
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y and the updates of a program.
+
+    Args:
+        text: the program.
+        x: of its dimensions.
+        tensors: t0, t1, ... with their elements in the order of their axes, then the residual.
+        updates: whether they are wanted; the tensors of updates alone may else be any number.
+    """
+    program = parse(text)
+    axes = [axis for dim in program.dims for axis in dim]
+    sizes = program.axis_sizes(x.shape)
+    split = x.reshape([sizes[axis] for axis in axes])
+    over = [i for i, axis in enumerate(axes) if axis in program.over]
+    residual = tensors[-1] if program.residual else None
+    values = [_placed(t, own, axes, sizes) for t, own in zip(tensors, program.tensors, strict=False)]
+    values = [v.detach() if i in program.fixed else v for i, v in enumerate(values)]
+    if split.dtype in (torch.float16, torch.bfloat16):
+        split, values = split.float(), [v.float() for v in values]
+    if program.about_zero:
+        mean = torch.zeros((), dtype=split.dtype, device=x.device)
+        variance = (split * split).mean(over, keepdim=True)
+    else:
+        variance, mean = torch.var_mean(split, over, correction=0, keepdim=True)
+    count = 1
+    for i in over:
+        count = count * split.shape[i]
+    scale, shift, centre, *new = _functions(text)
+    given = (mean, variance, mean.detach(), variance.detach(), count, *values)
+    y = scale(*given) * (split - centre(*given)) + shift(*given)
+    y = y.reshape(x.shape)
+    if residual is not None:
+        y = y + residual
+    if program.activation:
+        y = getattr(torch.nn.functional, program.activation)(y)
+    y = _laid_out(y.to(program.dtype or x.dtype), x)
+    if not updates:
+        return y, ()
+    with torch.no_grad():
+        kept = [i for i in range(len(axes)) if i not in over]
+        shape = [split.shape[i] for i in kept]
+        one = torch.ones([1 if i in over else split.shape[i] for i in range(len(axes))], device=x.device)
+        made = tuple((u(*given) * one).reshape(shape) for u in new)
+    return y, made
+
+
+def _laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """A tensor in the layout that ``empty_like(x)`` has."""
+    wanted = torch.empty_like(x).stride()
+    if y.stride() == wanted:
+        return y
+    order = sorted(range(y.dim()), key=lambda dim: (-wanted[dim], dim))
+    return y.permute(order).contiguous().permute([order.index(dim) for dim in range(y.dim())])
+
+
+@cache
+def _functions(text: str) -> tuple[Any, ...]:
+    program = parse(text)
+    symbols = [M, V, Ms, Vs, N, *(program.symbol(i) for i in range(len(program.tensors)))]
+
+    def made(value: sympy.Expr) -> Any:
+        return sympy.lambdify(symbols, value, modules=[_FUNCTIONS, "math"], cse=True)
+
+    def added(terms: Any) -> sympy.Expr:
+        return sympy.Add(*(t.group * t.element for t in terms))
+
+    return (
+        made(added(program.scale)), made(added(program.shift)), made(program.centre),
+        *map(made, program.updates),
+    )  # fmt: skip
+
+
+def _placed(
+    tensor: Tensor, own: tuple[str, ...], axes: list[str], sizes: dict[str, Any]
+) -> Tensor:
+    """A tensor along its axes, in the order and with the dimensions of all of them."""
+    present = [axis for axis in axes if axis in own]
+    if tensor.numel() == 1:
+        return tensor.reshape([1] * len(axes))
+    tensor = tensor.reshape([sizes[axis] for axis in own])
+    tensor = tensor.permute([own.index(axis) for axis in present])
+    return tensor.reshape([sizes[axis] if axis in own else 1 for axis in axes])

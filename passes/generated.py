@@ -1,0 +1,235 @@
+"""A norm as one kernel that is printed from its formula.
+
+Before:  y = any spelling of x * scale + shift, the moments of x in scale and shift
+After:   y = norm("x[a b c] over c; t0[c]; centre = M; scale = t0*(V + 1e-05)**(-1/2)", x, t0)
+Leaves alone: other statistics than E[x] and V; tensors as large as x; functions inside a group.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx
+
+from bnrewrite.algebra import centre
+from bnrewrite.algebra.axes import Axis, axes_of
+from bnrewrite.algebra.calls import dtype_of, shape_of
+from bnrewrite.algebra.expression import (
+    ZERO,
+    Atom,
+    Base,
+    Extent,
+    Function,
+    Monomial,
+    Number,
+    Polynomial,
+    Reduction,
+    Sum,
+    added,
+    factor_of,
+)
+from bnrewrite.kernels import check_program, norm, norm_with_updates
+
+from .nodes import Unwritable, aten, current
+from .state import BatchState, Update
+from .writing import Writing
+
+FUNCTIONS = {"root": "Root", "clamp_min": "Larger", "exp": "exp", "log": "log", "abs": "Abs"}
+
+
+def write_generated(writing: Writing, state: BatchState) -> fx.Node:
+    """The node of the generated lowering; returns the replacement.
+
+    Raises:
+        Unwritable: the formula has no kernel.
+    """
+    text = _Text(writing, state.updates)
+    x = current(writing.match.linear.source)
+    target: Callable[..., Any] = norm_with_updates if state.updates else norm
+    made = writing.emitter.call(target, text.program(), x, *text.nodes)
+    if not state.updates:
+        return writing.finish(made, writing.match.linear.index)
+    value = writing.emitter.call(operator.getitem, made, 0)
+    for place, update in enumerate(state.updates):
+        new = writing.emitter.call(operator.getitem, made, place + 1)
+        new = writing.emitter.reshape(new, list(shape_of(update.node)))
+        state.replaced[update.node] = writing.cast(new, dtype_of(update.node))
+    return writing.finish(value, writing.match.linear.index)
+
+
+class _Text:
+    """The program of a site, and the tensors that it takes."""
+
+    def __init__(self, writing: Writing, updates: list[Update]) -> None:
+        found = writing.match
+        self.writing = writing
+        self.ring = writing.reading.ring
+        self.match = found
+        self.updates = updates
+        self.axes = {a: chr(97 + i) for i, a in enumerate(axes_of(found.linear.index))}
+        self.nodes: list[fx.Node] = []
+        self.tensors: dict[int, str] = {}
+        self.heads: list[str] = []
+        self.centre, self.shift = self._centred()
+        self.special, self.variances, self.about_zero = self._moments()
+
+    def program(self) -> str:
+        """The text, of which every part has a kernel."""
+        found = self.match
+        if len(self.axes) > 26:
+            raise Unwritable("more axes than there are letters")
+        over = " ".join(self.axes[a] for a in axes_of(found.linear.index) if a in found.over)
+        parts = [f"scale = {self.sum(found.linear.scale)}"]
+        if self.centre.terms:
+            parts.insert(0, f"centre = {self.sum(self.centre)}")
+        if self.shift.terms:
+            parts.append(f"shift = {self.sum(self.shift)}")
+        for place, update in enumerate(self.updates):
+            kept = [a for a in axes_of(found.linear.index) if a not in found.over]
+            if axes_of(update.dims) != kept:
+                raise Unwritable("a buffer along other axes")
+            parts.append(f"u{place} = {self.sum(update.value)}")
+        if self.writing.result_dtype != dtype_of(found.linear.source):
+            parts.append(f"to {str(self.writing.result_dtype).removeprefix('torch.')}")
+        zero = " about zero" if self.about_zero else ""
+        text = "; ".join([f"x[{self._dims()}] over {over}{zero}", *self.heads, *parts])
+        reason = check_program(text)
+        if reason is not None:
+            raise Unwritable(reason)
+        return text
+
+    def _dims(self) -> str:
+        """The axes of the dimensions, all but one of a dimension with their sizes."""
+        words = []
+        for dim, size in zip(self.match.linear.index, shape_of(self.match.linear.source), strict=True):
+            if not dim and size != 1:
+                raise Unwritable("a tensor that was expanded")
+            unknown = [a for a in dim if not isinstance(a.size, int)] or list(dim[-1:])
+            if len(unknown) > 1:
+                raise Unwritable("a dimension that is split into parts of unknown sizes")
+            named = [self.axes[a] + ("" if a in unknown else f"={a.size}") for a in dim]
+            words.append(named[0] if len(named) == 1 else f"({' '.join(named)})")
+        return " ".join(words)
+
+    def _centred(self) -> tuple[Polynomial, Polynomial]:
+        """What is subtracted from x first, and what is added last."""
+        linear = self.match.linear
+        for c in (centre(self.writing.reading, self.match), self.match.moments.mean):
+            if c is not None:
+                rest = added(linear.shift, self.ring.multiply(linear.scale, c))
+                if len(rest.terms) < len(linear.shift.terms):
+                    return c, rest
+        return ZERO, linear.shift
+
+    def _moments(self) -> tuple[dict[int, str], list[tuple[int, Polynomial, str]], bool]:
+        """Names of E[x] and E[x^2], and V with and without a gradient."""
+        moments, stop = self.match.moments, self.ring.stop
+        mean, square = moments.mean, moments.square
+        used = self._reductions([self.match.linear.scale, self.centre, self.shift,
+                                 *(u.value for u in self.updates)])  # fmt: skip
+        means = [_base(p) for p in (mean, stop(mean))]
+        special: dict[int, str] = {}
+        variances = []
+        about_zero = not used & set(means)
+        for mark, change in (("s", stop), ("", lambda p: p)):
+            first, second = change(mean), change(square)
+            special[_base(first)] = f"M{mark}"
+            special[_base(second)] = f"V{mark}" if about_zero else f"(V{mark} + M{mark}**2)"
+            if not about_zero:
+                variance = added(second, self.ring.multiply(first, first), -1)
+                variances.append((_base(second), variance, f"V{mark}"))
+        if used - special.keys():
+            raise Unwritable("another statistic than the mean and the variance")
+        return special, variances[::-1], about_zero
+
+    def _reductions(self, values: list[Polynomial]) -> set[int]:
+        found: set[int] = set()
+        todo, seen = [b for value in values for b in value.bases()], set()
+        while todo:
+            base_id = todo.pop()
+            if base_id in seen:
+                continue
+            seen.add(base_id)
+            base = self.ring.bases[base_id]
+            if isinstance(base, Reduction):
+                found.add(base_id)
+            elif isinstance(base, Sum):
+                todo += base.polynomial.bases()
+            elif isinstance(base, Function):
+                todo += [b for a in base.arguments for b in a.bases()]
+        return found
+
+    def sum(self, polynomial: Polynomial) -> str:
+        """A polynomial as a text."""
+        for square, variance, name in self.variances:
+            lead = factor_of(polynomial, square)
+            if lead.terms:
+                rest = added(polynomial, self.ring.multiply(lead, variance), -1)
+                if len(rest.terms) < len(polynomial.terms):
+                    more = f" + {self.sum(rest)}" if rest.terms else ""
+                    return f"({self.sum(lead)})*{name}{more}"
+        return " + ".join(self._term(m, c) for m, c in polynomial.terms.items()) or "0"
+
+    def _term(self, monomial: Monomial, coefficient: Number) -> str:
+        factors = [f"({_number(coefficient)})"] if coefficient != 1 or not monomial else []
+        for base_id, exponent in monomial:
+            base = self._base(self.ring.bases[base_id])
+            factors.append(base if exponent == 1 else f"{base}**({exponent})")
+        return "*".join(factors)
+
+    def _base(self, base: Base) -> str:
+        if base.id in self.special:
+            return self.special[base.id]
+        if isinstance(base, Sum):
+            return f"({self.sum(base.polynomial)})"
+        if isinstance(base, Extent):
+            return self._extent(base)
+        if isinstance(base, Function):
+            if base.name not in FUNCTIONS or (base.name == "clamp_min" and base.arguments[1].constant is None):
+                raise Unwritable(f"no kernel has the function {base.name}")
+            return f"{FUNCTIONS[base.name]}({', '.join(self.sum(a) for a in base.arguments)})"
+        assert isinstance(base, Atom)
+        if base.id not in self.tensors:
+            self.tensors[base.id] = self._tensor(base)
+        return self.tensors[base.id]
+
+    def _extent(self, base: Extent) -> str:
+        """A symbolic size, where it is a part of the number of elements."""
+        count = self.ring.count(self.match.over)
+        if len(count.terms) == 1:
+            ((monomial, number),) = count.terms.items()
+            if monomial == ((base.id, 1),):
+                return f"(N*({_number(Fraction(1) / Fraction(number))}))"
+        raise Unwritable("a size that is not that of its groups")
+
+    def _tensor(self, base: Atom) -> str:
+        node, linear = base.source, self.match.linear
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            raise Unwritable("a number that is known only when the graph runs")
+        own: list[Axis] = axes_of(base.index)
+        if not set(own) <= self.axes.keys() or set(own) == linear.axes:
+            raise Unwritable("a tensor as large as the normalised one")
+        sizes = zip(base.index, shape_of(node), strict=True)
+        if any(not dim and size != 1 for dim, size in sizes):
+            raise Unwritable("a tensor that was expanded")
+        fixed = base.stopped or not self.ring.differentiable(node)
+        if not dtype_of(node).is_floating_point:
+            node = self.writing.emitter.call(aten.to.dtype, node, self.writing.dtype)
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(current(node))
+        letters = " ".join(self.axes[a] for a in own)
+        self.heads.append(f"{name}[{letters}]{' fixed' if fixed else ''}")
+        return name
+
+
+def _base(polynomial: Polynomial) -> int:
+    (base,) = polynomial.bases()
+    return base
+
+
+def _number(value: Number) -> str:
+    return repr(value) if isinstance(value, float) else str(Fraction(value))
