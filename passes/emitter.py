@@ -36,6 +36,7 @@ from bnrewrite.algebra.expression import (
 )
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Moments
+from bnrewrite.algebra.sums import wholes
 
 from .nodes import Nodes, Sizes, Unwritable, Value, aten, current, holds_tensor, plain
 
@@ -56,7 +57,7 @@ class Emitter(Nodes):
         before: new nodes go in front of this one and inherit its origin.
         layout: the dimensions that emitted tensors have, those that do not vary being of size 1.
         dtype: the least precision in which small tensors are computed.
-        reusable: the user's own statistics, by formula.
+        reusable: the user's own statistics, by formula; None: nothing of the user's is taken.
         sizes: nodes for symbolic sizes; those that are written are added.
 
     Attributes:
@@ -71,7 +72,7 @@ class Emitter(Nodes):
         before: fx.Node,
         layout: Dims,
         dtype: torch.dtype,
-        reusable: Reusable,
+        reusable: Reusable | None,
         sizes: Sizes,
     ) -> None:
         super().__init__(before, layout, sizes)
@@ -160,17 +161,38 @@ class Emitter(Nodes):
             lead, rest = self._spread(polynomial, moments)
             if lead.terms and not self._cancels(rest, lead):
                 return self.plus(self.times(variance(), self.tensor(lead)), self.tensor(rest))
-        if not self._cancels(polynomial):
-            return self._total(polynomial)
+        cancels = self._cancels(polynomial)
         common = set.intersection(*(set(monomial) for monomial in polynomial.terms))
-        if common:
+        if not cancels:  # a statistic of all terms multiplies their sum, as it does in its code
+            common = {i for i in common if self.ring.bases[i[0]].moments}
+        if common and len(polynomial.terms) > 1:
             terms = polynomial.terms.items()
             rest = Polynomial({tuple(i for i in m if i not in common): c for m, c in terms})
             return self.times(self._term(tuple(sorted(common)), 1), self.tensor(rest))
+        if not cancels:
+            return self._total(self._grouped(polynomial))
         known = self.reused(polynomial, at_any_cost=True)
         if known is None:
             raise Unwritable("a sum in it would lose digits in another order of operations")
         return known
+
+    def _grouped(self, polynomial: Polynomial) -> Polynomial:
+        """A polynomial in which the user's own sums stand as one base each."""
+        if len(polynomial.terms) < 2 or self.reusable is None:
+            return polynomial
+        for whole in wholes(self.reading, polynomial, self.before):
+            if narrows(self.dtype, dtype_of(whole.node)):
+                continue
+            rest = whole.taken_out_of(polynomial)
+            if rest is polynomial:
+                continue
+            try:
+                key = Polynomial({((whole.base.id, 1),): 1}).key
+                self._written[key] = self.place(current(whole.node), whole.dims)
+            except Unwritable:
+                continue
+            polynomial = rest
+        return polynomial
 
     def _spread(self, polynomial: Polynomial, moments: Moments) -> tuple[Polynomial, Polynomial]:
         """``lead * V + rest`` where that is shorter, else a lead of zero."""

@@ -72,6 +72,7 @@ def _statistic(writing: Writing, atom: Atom, channels: Dims, *, as_stored: bool)
     node = atom.source
     assert isinstance(node, fx.Node)
     same = axes_of(atom.index) == axes_of(channels) and dtype_of(node) == writing.dtype
+    same = same and not atom.stopped  # it has a gradient, which the operator refuses
     expanded = any(not d and s != 1 for d, s in zip(atom.index, shape_of(node), strict=True))
     if as_stored and same and not expanded and node.meta["val"].is_contiguous():
         return node

@@ -105,7 +105,7 @@ def write_updates(
     ((square_base, _),) = found.moments.square.terms.items()
     for update in state.updates:
         emitter = writing.along(update.dims)
-        emitter.reusable = {}  # the user's own update is what this one replaces
+        emitter.reusable = None  # the user's own update is what this one replaces
         mean, variance = (
             emitter.place(emitter.call(aten.detach.default, node), channels)
             for node, _ in given.values()

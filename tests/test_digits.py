@@ -116,6 +116,23 @@ def test_groups_of_dense_channels(mean: float, shape: tuple[int, ...]) -> None:
     assert (site.kind, site.lowering) == ("group_norm", "native")
 
 
+def in_groups_of_floats(m: Formula, x: Tensor) -> Tensor:
+    return in_groups(m, x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("function", [in_groups, in_groups_of_floats])
+@pytest.mark.parametrize("mean", [30.0, 300.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_groups_of_dense_half_channels(
+    dtype: torch.dtype, mean: float, function: Callable[..., Any]
+) -> None:
+    batches = [
+        x.to(dtype).contiguous(memory_format=torch.channels_last)
+        for x in draw(4, 8, 40, 30, mean=mean)
+    ]
+    assert violations_but_of_parameters(Formula(function).to(dtype), batches) == []
+
+
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_instances_of_dense_channels(mean: float) -> None:
     batches = draw(4, 40, 30, 8, mean=mean)

@@ -103,6 +103,28 @@ def test_a_frozen_norm_keeps_the_digits_of_its_centre(mean: float) -> None:
     assert (optimize(model, backend="eager")(x) - exact).abs().max() < 2e-6
 
 
+class Detached(Frozen):
+    """Its statistics are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("mean", "variance"):
+            delattr(self, name)
+        self.mean = nn.Parameter(torch.rand(4))
+        self.variance = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = (s.detach()[:, None, None] for s in (self.mean, self.variance))
+        return (x - mean) / torch.sqrt(variance + self.eps)
+
+
+def test_statistics_that_are_detached_parameters() -> None:
+    batches = [torch.randn(3, 4, 6, 5) for _ in range(2)]
+    assert contract_violations(Detached(), lambda m: optimize(m, backend="eager"), batches) == []
+    (site,) = explain(Detached(), batches[0].requires_grad_()).sites
+    assert (site.kind, site.lowering) == ("affine", "native")
+
+
 def test_a_stage_without_kernels_is_given_no_operator_that_may_lose_digits() -> None:
     x = torch.randn(3, 4, 6, 5)
     found = {}

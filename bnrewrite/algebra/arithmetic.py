@@ -137,6 +137,12 @@ class Arithmetic(Interning):
         inner = self._root(scaled(polynomial, inverse(content)))
         return scaled(inner, _number_power(content, Fraction(1, 2)))
 
+    def sum(self, polynomial: Polynomial) -> Sum:
+        """A polynomial as one base."""
+        base = self._sum(polynomial)
+        assert isinstance(base, Sum)
+        return base
+
     def absolute(self, polynomial: Polynomial) -> Polynomial:
         """The absolute value."""
         if nonnegative(self, polynomial):

@@ -48,6 +48,7 @@ class Reading:
         chains: by site and tensor: the nodes that make its statistics.
         gone: by node: tensors that it is computed from and that its formula lacks, ``0 * x``.
         read: the operands of the node that is read at present.
+        sums: the user's sums without statistics, by each tensor inside; None until asked for.
     """
 
     ring: Ring
@@ -62,6 +63,7 @@ class Reading:
     chains: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = field(default_factory=dict)
     gone: dict[fx.Node, frozenset[object]] = field(default_factory=dict)
     read: set[fx.Node] = field(default_factory=set)
+    sums: dict[object, list[fx.Node]] | None = None
     _lineage: dict[object, frozenset[object]] = field(default_factory=dict)
     _parameters: dict[fx.Node, bool] = field(default_factory=dict)
 

@@ -69,7 +69,7 @@ def linear_forms(reading: Reading, node: fx.Node) -> list[Linear]:
     if meaning is None or not meaning.value.terms or not is_tensor(node):
         return []
     ring = reading.ring
-    value, detached = _attached(ring, meaning.value)
+    value, detached = attached(ring, meaning.value)
     forms = []
     if any(not d and s != 1 for d, s in zip(meaning.dims, shape_of(node), strict=True)):
         return []  # the norm was expanded: the site is before
@@ -82,7 +82,7 @@ def linear_forms(reading: Reading, node: fx.Node) -> list[Linear]:
     return forms
 
 
-def _attached(ring: Ring, value: Polynomial) -> tuple[Polynomial, bool]:
+def attached(ring: Ring, value: Polynomial) -> tuple[Polynomial, bool]:
     """A value of which every part is detached, as an attached value; else the value itself."""
     if _stops(ring, value) != {True}:
         return value, False

@@ -51,6 +51,7 @@ def _is_centred(x: Tensor, groups: int) -> bool:
         fewest = FEWEST if x.shape[1] // groups < FEWEST else FEWEST // 2
         rows, columns = (max(1, min(LARGEST_STEP, size // fewest)) for size in x.shape[-2:])
         sample = x[..., rows // 2 :: rows, columns // 2 :: columns]
+        sample = sample.to(torch.promote_types(x.dtype, torch.float32))  # 300^2 is inf in float16
         mean, square = (_by_group(each, groups) for each in (sample, sample * sample))
         limit = LARGEST_MEAN**2 / (1 + LARGEST_MEAN**2)
         return bool((mean * mean <= square * limit).all())
