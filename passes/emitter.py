@@ -159,9 +159,9 @@ class Emitter(Nodes):
     def _sum(self, polynomial: Polynomial) -> Value:
         for moments, variance in self.variances:
             lead, rest = self._spread(polynomial, moments)
-            if lead.terms and not self._cancels(rest, lead):
+            if lead.terms and not self.cancels(rest, lead):
                 return self.plus(self.times(variance(), self.tensor(lead)), self.tensor(rest))
-        cancels = self._cancels(polynomial)
+        cancels = self.cancels(polynomial)
         common = set.intersection(*(set(monomial) for monomial in polynomial.terms))
         if not cancels:  # a statistic of all terms multiplies their sum, as it does in its code
             common = {i for i in common if self.ring.bases[i[0]].moments}
@@ -204,7 +204,7 @@ class Emitter(Nodes):
                 return lead, rest
         return ZERO, polynomial
 
-    def _cancels(self, polynomial: Polynomial, lead: Polynomial = ZERO) -> bool:
+    def cancels(self, polynomial: Polynomial, lead: Polynomial = ZERO) -> bool:
         """Whether ``lead * V`` and the statistics in a sum may be differences of like numbers."""
         bases = self.ring.bases
         statistics: dict[Monomial, Number] = {}  # each with its least coefficient

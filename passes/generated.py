@@ -38,7 +38,8 @@ from .nodes import Unwritable, aten, current
 from .state import BatchState, Update
 from .writing import Writing
 
-FUNCTIONS = {"root": "Root", "clamp_min": "Larger", "exp": "exp", "log": "log", "abs": "Abs"}
+FUNCTIONS = {"root": "Root", "clamp_min": "Larger"}
+HIGHEST = 2  # degree up to which double precision keeps what a sum in single precision keeps
 
 
 def write_generated(writing: Writing, state: BatchState) -> fx.Node:
@@ -105,7 +106,8 @@ class _Text:
     def _dims(self) -> str:
         """The axes of the dimensions, all but one of a dimension with their sizes."""
         words = []
-        for dim, size in zip(self.match.linear.index, shape_of(self.match.linear.source), strict=True):
+        linear = self.match.linear
+        for dim, size in zip(linear.index, shape_of(linear.source), strict=True):
             if not dim and size != 1:
                 raise Unwritable("a tensor that was expanded")
             unknown = [a for a in dim if not isinstance(a.size, int)] or list(dim[-1:])
@@ -172,7 +174,59 @@ class _Text:
                 if len(rest.terms) < len(polynomial.terms):
                     more = f" + {self.sum(rest)}" if rest.terms else ""
                     return f"({self.sum(lead)})*{name}{more}"
-        return " + ".join(self._term(m, c) for m, c in polynomial.terms.items()) or "0"
+        self._keeps_digits(polynomial)
+        parts = [self._part(*part) for part in self._by_statistic(polynomial).items()]
+        return " + ".join(parts) or "0"
+
+    def _by_statistic(self, polynomial: Polynomial) -> dict[Monomial, Polynomial]:
+        """What multiplies each statistic."""
+        found: dict[Monomial, dict[Monomial, Number]] = {}
+        for monomial, coefficient in polynomial.terms.items():
+            statistic = tuple(i for i in monomial if self.ring.bases[i[0]].moments)
+            rest = tuple(i for i in monomial if i not in statistic)
+            found.setdefault(statistic, {})[rest] = coefficient
+        return {statistic: Polynomial(terms) for statistic, terms in found.items()}
+
+    def _keeps_digits(self, polynomial: Polynomial) -> None:
+        """Whether a sum of statistics may be computed in this order."""
+        if not self.writing.emitter.cancels(polynomial):
+            return
+        bases = self.ring.bases
+        degrees = (sum(e for b, e in m if bases[b].moments) for m in polynomial.terms)
+        if self.writing.dtype == torch.float64 or max(degrees) > HIGHEST:
+            raise Unwritable("a sum in it would lose digits in another order of operations")
+
+    def _part(self, statistic: Monomial, factor: Polynomial) -> str:
+        """A statistic times what has none: that is one tensor, or computed beside the kernel."""
+        if statistic and factor.constant == 1:
+            return self._term(statistic, 1)
+        if len([m for m in factor.terms if m]) > 1 or not self._is_plain(factor):
+            written = self._written(factor)
+        else:
+            written = " + ".join(self._term(m, c) for m, c in factor.terms.items())
+        return f"{self._term(statistic, 1)}*({written})" if statistic else written
+
+    def _is_plain(self, factor: Polynomial) -> bool:
+        return all(
+            isinstance(self.ring.bases[b], Atom | Extent) and isinstance(e, int)
+            for m in factor.terms
+            for b, e in m
+        )
+
+    def _written(self, factor: Polynomial) -> str:
+        """A small tensor of the user's tensors, written as their code has it."""
+        runs = self.ring.axes(factor)
+        own = [a for a in self.axes if a in runs]
+        if set(own) != runs or runs == self.match.linear.axes:
+            raise Unwritable("a tensor as large as the normalised one")
+        emitter = self.writing.along(tuple((axis,) for axis in own))
+        node = emitter.tensor(factor)
+        if not isinstance(node, fx.Node) or not isinstance(node.meta["val"], torch.Tensor):
+            raise Unwritable("a number that is known only when the graph runs")
+        return self._named(node, own, fixed=not self._has_gradient(factor))
+
+    def _has_gradient(self, factor: Polynomial) -> bool:
+        return any(self.ring.differentiable(source) for source in self.ring.raw(factor))
 
     def _term(self, monomial: Monomial, coefficient: Number) -> str:
         factors = [f"({_number(coefficient)})"] if coefficient != 1 or not monomial else []
@@ -189,7 +243,8 @@ class _Text:
         if isinstance(base, Extent):
             return self._extent(base)
         if isinstance(base, Function):
-            if base.name not in FUNCTIONS or (base.name == "clamp_min" and base.arguments[1].constant is None):
+            bounds = [argument.constant for argument in base.arguments[1:]]
+            if base.name not in FUNCTIONS or None in bounds:
                 raise Unwritable(f"no kernel has the function {base.name}")
             return f"{FUNCTIONS[base.name]}({', '.join(self.sum(a) for a in base.arguments)})"
         assert isinstance(base, Atom)
@@ -219,6 +274,9 @@ class _Text:
         fixed = base.stopped or not self.ring.differentiable(node)
         if not dtype_of(node).is_floating_point:
             node = self.writing.emitter.call(aten.to.dtype, node, self.writing.dtype)
+        return self._named(node, own, fixed=fixed)
+
+    def _named(self, node: fx.Node, own: list[Axis], *, fixed: bool) -> str:
         name = f"t{len(self.nodes)}"
         self.nodes.append(current(node))
         letters = " ".join(self.axes[a] for a in own)

@@ -100,7 +100,16 @@ def _openmp() -> tuple[str, ...]:
     root = Path(torch.__file__).parent
     for place in (root / "lib", root.parent / "torch.libs"):
         for found in sorted(place.glob("libgomp*.so*")):
-            return ("-nodefaultlibs", str(found), f"-Wl,-rpath,{place}", "-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc")
+            return (
+                "-nodefaultlibs",
+                str(found),
+                f"-Wl,-rpath,{place}",
+                "-lstdc++",
+                "-lm",
+                "-lc",
+                "-lgcc_s",
+                "-lgcc",
+            )
     return ()
 
 

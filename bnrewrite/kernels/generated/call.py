@@ -109,7 +109,11 @@ def _fake(text: str, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
-    if forward_ad._current_level >= 0 or type(x) not in PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if (
+        forward_ad._current_level >= 0
+        or type(x) not in PLAIN
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    ):
         return None
     key = (text, x.shape, x.stride(), x.dtype, *[t.dtype for t in tensors])
     try:
@@ -131,7 +135,9 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     layout, lengths = arranged
     result = program.dtype or x.dtype
     tensors = tensors[: len(program.tensors)]
-    dtypes = tuple(str(d).removeprefix("torch.") for d in (x.dtype, result, *[t.dtype for t in tensors]))
+    dtypes = tuple(
+        str(d).removeprefix("torch.") for d in (x.dtype, result, *[t.dtype for t in tensors])
+    )
     source = Source(text, layout, dtypes)
     try:
         body = columns_source(source) if layout.columns else rows_source(source)
@@ -151,7 +157,9 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         elements=x.numel(),
         groups=math.prod(groups),
         saved=1 if program.about_zero else 2,
-        orders=tuple(_order(program.tensors[i], layout.order(i), sizes) for i in range(len(tensors))),
+        orders=tuple(
+            _order(program.tensors[i], layout.order(i), sizes) for i in range(len(tensors))
+        ),
         kept=_kept(program, layout, sizes),
         dtype=torch.float64 if source.single == "double" else torch.float32,
         result=result,
@@ -240,7 +248,9 @@ def _parted(
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, text: str, x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, kernel: Kernel, text: str, x: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
         y, moments, updates = _forward(kernel, x, given)
         kept: list[Tensor | None] = [None] * len(kernel.orders)
         for i in kernel.used:  # a buffer may change before the backward; a copy does not

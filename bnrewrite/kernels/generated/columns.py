@@ -132,9 +132,7 @@ class _Columns:
 
     def loads(self) -> list[str]:
         """The values of the arrays in a column."""
-        return [
-            f"const V {name}_q = load<V>({name} + q); (void){name}_q;" for name in self.arrays
-        ]
+        return [f"const V {name}_q = load<V>({name} + q); (void){name}_q;" for name in self.arrays]
 
     def pointers(self, indent: str) -> list[str]:
         """The arrays of a task."""
@@ -160,7 +158,9 @@ class _Columns:
         lines += ["for (int64_t q = first; q < first + within; ++q) {"]
         if self.several:
             lines.append(f"  const int64_t i{self.loops[-1]} = q - first;")
-        lines += [f"  const acc t{i} = load<acc>(p{i} + {source.index(i)});" for i in self.of_column]
+        lines += [
+            f"  const acc t{i} = load<acc>(p{i} + {source.index(i)});" for i in self.of_column
+        ]
         for name in self.arrays:
             if name in ("as", "bs"):
                 letter = name[0]
@@ -346,9 +346,7 @@ def _measure(columns: _Columns, zero: bool) -> list[str]:
         "      const int64_t stop = std::min(block + ROWS, end);",
         "      row = block;",
         *indented(
-            columns.sweep(
-                "stop", [f"const V d = {value};", *adds], head=head, tail=tail, after=[]
-            ),
+            columns.sweep("stop", [f"const V d = {value};", *adds], head=head, tail=tail, after=[]),
             6,
         ),
         "      const double n = double(stop - block), share = n / (count + n); (void)share;",
@@ -393,7 +391,10 @@ def _backward(source: Source) -> list[str]:
     named = [("dM", made.mean), ("dV", made.variance)]
     named += [(f"own{i}", made.groups[i]) for i in of_group]
     prepared = [*source.statistics("group", "groups"), *columns.fill(source.used())]
-    prepared[-1:] = ["  level[q] = 0; along[q] = 0;" + (" middle[q] = acc(M);" if middle else ""), "}"]
+    prepared[-1:] = [
+        "  level[q] = 0; along[q] = 0;" + (" middle[q] = acc(M);" if middle else ""),
+        "}",
+    ]
     finished = [
         *source.statistics("group", "groups"),
         *source.stopped(),
@@ -443,7 +444,8 @@ def _backward(source: Source) -> list[str]:
         "      const int64_t stop = std::min(block + ROWS, end);",
         "      int64_t row = block;",
         *indented(
-            columns.sweep("stop", [*read, *adds], head=[*loads, *held], tail=stored, after=by_row), 6
+            columns.sweep("stop", [*read, *adds], head=[*loads, *held], tail=stored, after=by_row),
+            6,
         ),
         f"      for (int64_t q = 0; q < {len(lanes)} * wide; ++q) {{ totals[q] += scratch[q]; scratch[q] = 0; }}",
         "    }",

@@ -50,7 +50,9 @@ class Sums:
 def inside(source: Source, number: int, names: dict[str, str] | None = None) -> str:
     """What an element adds to a tensor that varies inside a group."""
     parts = []
-    for letter, slopes, cotangent in zip("ab", source.gradients.inside[number], ("gu", "g"), strict=True):
+    for letter, slopes, cotangent in zip(
+        "ab", source.gradients.inside[number], ("gu", "g"), strict=True
+    ):
         for place, element in slopes:
             factors = source.factor(letter, place, names)
             if element != 1:

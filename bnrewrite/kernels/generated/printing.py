@@ -68,11 +68,7 @@ class _Elements(CXX17CodePrinter):  # type: ignore[misc]
     def _print_Function(self, value: Any) -> str:
         raise Unprintable("a function inside a group")
 
-    def _print_Abs(self, value: Any) -> str:
-        raise Unprintable("a function inside a group")
-
     _print_Larger = _print_AtLeast = _print_Root = _print_InverseRoot = _print_Function
-    _print_exp = _print_log = _print_Function
 
 
 def of_elements(value: sympy.Expr) -> str:
@@ -84,7 +80,10 @@ def of_groups(named: Sequence[tuple[str, sympy.Expr]], letter: str = "z") -> lis
     """Expressions of a group as definitions in double precision, common parts once."""
     symbols = sympy.numbered_symbols(letter)
     common, values = sympy.cse([value for _, value in named], symbols=symbols)
-    pairs = [*((str(s), v) for s, v in common), *((n, v) for (n, _), v in zip(named, values, strict=True))]
+    pairs = [
+        *((str(s), v) for s, v in common),
+        *((n, v) for (n, _), v in zip(named, values, strict=True)),
+    ]
     return [f"const double {name} = {_Groups().doprint(value)};" for name, value in pairs]
 
 
@@ -137,9 +136,14 @@ class Source:
     def signature(self, name: str, arguments: Iterable[str]) -> str:
         """The head of a function, and the lengths of its loops."""
         loops = range(len(self.layout.loops))
-        lines = [f'extern "C" void {name}({", ".join(arguments)}, const int64_t *size, int64_t threads) {{']
+        lines = [
+            f'extern "C" void {name}({", ".join(arguments)}, const int64_t *size, int64_t threads) {{'
+        ]
         lines += [f"  const int64_t n{i} = size[{i}];" for i in loops]
-        lines += [f"  const int64_t s{i} = {' * '.join([f'n{j}' for j in loops if j > i]) or '1'};" for i in loops]
+        lines += [
+            f"  const int64_t s{i} = {' * '.join([f'n{j}' for j in loops if j > i]) or '1'};"
+            for i in loops
+        ]
         return "\n".join(lines)
 
     def forward_arguments(self) -> list[str]:

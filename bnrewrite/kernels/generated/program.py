@@ -72,9 +72,6 @@ class InverseRoot(sympy.Function):
 FUNCTIONS: dict[str, Any] = {
     "Larger": Larger,
     "Root": Root,
-    "exp": sympy.exp,
-    "log": sympy.log,
-    "Abs": sympy.Abs,
 }
 ACTIVATIONS = ("", "relu", "relu6")
 
@@ -97,7 +94,7 @@ class Program:
         over: the reduced axes.
         about_zero: M is 0 and V is E[x^2].
         tensors: the axes of t0, t1, ...
-        fixed: the numbers of the tensors that take no gradient.
+        fixed: the numbers of the tensors that take no gradient, those of updates alone included.
         centre: of each group.
         scale: its terms; they are added.
         shift: its terms.
@@ -184,10 +181,13 @@ def parse(text: str) -> Program:
     def read(expression: str) -> sympy.Expr:
         return sympy.sympify(expression, locals=symbols)
 
+    centre, scale, shift = (read(named[name]) for name in ("centre", "scale", "shift"))
+    used = centre.free_symbols | scale.free_symbols | shift.free_symbols
+    fixed |= {i for i in range(len(tensors)) if symbols[f"t{i}"] not in used}
     return Program(
-        dims, sizes, over, bool(match[3]), tuple(tensors), frozenset(fixed),
-        read(named["centre"]), _terms(read(named["scale"]), inner),
-        _terms(read(named["shift"]), inner), tuple(map(read, updates)), activation, residual, dtype,
+        dims, sizes, over, bool(match[3]), tuple(tensors), frozenset(fixed), centre,
+        _terms(scale, inner), _terms(shift, inner), tuple(map(read, updates)), activation, residual,
+        dtype,
     )  # fmt: skip
 
 

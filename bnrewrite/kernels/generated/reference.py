@@ -19,9 +19,6 @@ _FUNCTIONS: dict[str, Any] = {
     "Larger": lambda a, bound: torch.clamp_min(a, bound),
     "Root": lambda a: torch.linalg.vector_norm(a.unsqueeze(-1).sqrt(), dim=-1),
     "sqrt": lambda a: a**0.5,
-    "exp": torch.exp,
-    "log": torch.log,
-    "Abs": torch.abs,
 }
 
 
@@ -42,7 +39,9 @@ def reference(
     split = x.reshape([sizes[axis] for axis in axes])
     over = [i for i, axis in enumerate(axes) if axis in program.over]
     residual = tensors[-1] if program.residual else None
-    values = [_placed(t, own, axes, sizes) for t, own in zip(tensors, program.tensors, strict=False)]
+    values = [
+        _placed(t, own, axes, sizes) for t, own in zip(tensors, program.tensors, strict=False)
+    ]
     values = [v.detach() if i in program.fixed else v for i, v in enumerate(values)]
     if split.dtype in (torch.float16, torch.bfloat16):
         split, values = split.float(), [v.float() for v in values]
@@ -68,7 +67,9 @@ def reference(
     with torch.no_grad():
         kept = [i for i in range(len(axes)) if i not in over]
         shape = [split.shape[i] for i in kept]
-        one = torch.ones([1 if i in over else split.shape[i] for i in range(len(axes))], device=x.device)
+        one = torch.ones(
+            [1 if i in over else split.shape[i] for i in range(len(axes))], device=x.device
+        )
         made = tuple((u(*given) * one).reshape(shape) for u in new)
     return y, made
 
@@ -99,9 +100,7 @@ def _functions(text: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _placed(
-    tensor: Tensor, own: tuple[str, ...], axes: list[str], sizes: dict[str, Any]
-) -> Tensor:
+def _placed(tensor: Tensor, own: tuple[str, ...], axes: list[str], sizes: dict[str, Any]) -> Tensor:
     """A tensor along its axes, in the order and with the dimensions of all of them."""
     present = [axis for axis in axes if axis in own]
     if tensor.numel() == 1:

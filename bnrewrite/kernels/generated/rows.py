@@ -21,7 +21,11 @@ def _groups(source: Source) -> list[str]:
     count = " * ".join([f"n{i}" for i in kept]) or "1"
     lines = [f"  const int64_t groups = {count}, length = n{len(source.layout.loops) - 1};"]
     outer = " * ".join([f"n{i}" for i in source.layout.reduced[:-1]]) or "1"
-    return [*lines, f"  const int64_t outer = {outer};", "  const double N = double(outer) * length;"]
+    return [
+        *lines,
+        f"  const int64_t outer = {outer};",
+        "  const double N = double(outer) * length;",
+    ]
 
 
 class _Tensors:
@@ -45,9 +49,7 @@ class _Tensors:
         ]
 
     def row(self) -> list[str]:
-        lines = [
-            f"const acc t{i} = load<acc>(p{i} + {self.source.index(i)});" for i in self.of_row
-        ]
+        lines = [f"const acc t{i} = load<acc>(p{i} + {self.source.index(i)});" for i in self.of_row]
         for i in self.of_element:
             lines.append(f"const int64_t at{i} = {self.source.index(i, without=self.last)};")
         return lines
@@ -96,9 +98,7 @@ def _forward(source: Source) -> list[str]:
 def _updates(source: Source) -> list[str]:
     named = [(f"new{i}", value) for i, value in enumerate(source.program.updates)]
     lines = indented(of_groups(named), 4) if named else []
-    return lines + [
-        f"    updates[{i} * groups + group] = acc(new{i});" for i in range(len(named))
-    ]
+    return lines + [f"    updates[{i} * groups + group] = acc(new{i});" for i in range(len(named))]
 
 
 def _moments(source: Source, reduced: list[int]) -> list[str]:
@@ -227,7 +227,12 @@ def _backward(source: Source) -> list[str]:
         lines += ["        }", "        {", *flushed, "        }", "      }"]
     else:
         lines += ["          if (n >= BLOCK) {", *flushed, "          }", "        }", "      }"]
-        lines += ["      if (n > 0) {", "        const int64_t row = 0; (void)row;", *flushed, "      }"]
+        lines += [
+            "      if (n > 0) {",
+            "        const int64_t row = 0; (void)row;",
+            *flushed,
+            "      }",
+        ]
     named = [("dM", made.mean), ("dV", made.variance)]
     named += [(f"own{i}", made.groups[i]) for i in of_group]
     lines += indented(of_groups(named), 6)
@@ -305,7 +310,11 @@ def _input_gradient(
 
 
 def _scattered(
-    source: Source, of_group: list[int], by_row: list[int], reduced: list[int], sizes: dict[int, str]
+    source: Source,
+    of_group: list[int],
+    by_row: list[int],
+    reduced: list[int],
+    sizes: dict[int, str],
 ) -> list[str]:
     """What groups, and their rows, add to tensors."""
     lines: list[str] = []
