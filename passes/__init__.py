@@ -19,6 +19,7 @@ from bnrewrite.options import Options
 from bnrewrite.report.site import Site
 
 from .cleanup import Cleanup
+from .epilogue import TakeEpilogues
 from .lower import Lower
 from .plan import Plan
 from .recognise import Recognise
@@ -26,6 +27,7 @@ from .rewriting import Pass, Rewriting
 
 PIPELINE: tuple[Pass, ...] = (
     Recognise(),  # the algebra's verdicts; nothing changed yet
+    TakeEpilogues(),  # before Plan: it says what a kernel would have to carry
     Plan(),  # the last decision: what each site becomes, or why it stays
     Lower(),  # the only pass that adds nodes
     Cleanup(),  # drops what the replaced formulas leave behind

@@ -25,6 +25,21 @@ class Refusal:
     at: fx.Node
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a norm, element by element.
+
+    Attributes:
+        activation: its name.
+        residual: what is added before it, or None.
+        last: the node whose value the kernel computes.
+    """
+
+    activation: str
+    residual: fx.Node | None
+    last: fx.Node
+
+
 @dataclass
 class Decision:
     """A recognised norm and what becomes of it.
@@ -32,6 +47,7 @@ class Decision:
     Attributes:
         lowering: "native", "generated" or "composite" once planned.
         otherwise: what it is where the formula has no kernel.
+        epilogue: what a kernel may compute along with it.
         refusal: why it stays, where it stays.
         state: paths of the buffers that are updated from the site's moments.
     """
@@ -39,6 +55,7 @@ class Decision:
     match: Match
     lowering: str | None = None
     otherwise: str | None = None
+    epilogue: Epilogue | None = None
     refusal: Refusal | None = None
     notes: list[str] = field(default_factory=list)
     state: list[str] = field(default_factory=list)

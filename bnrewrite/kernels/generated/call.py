@@ -35,6 +35,7 @@ class Kernel:
         forward, backward: as ``printing.Source`` gives their arguments.
         copies: x has holes or repeats in memory, and is copied first.
         loops: the lengths of the loops, as the functions take them.
+        extents: of the axes.
         elements: of x.
         groups: how many there are.
         saved: moments of each group.
@@ -51,6 +52,7 @@ class Kernel:
     backward: Any
     copies: bool
     loops: Any
+    extents: Any
     elements: int
     groups: int
     saved: int
@@ -154,6 +156,7 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         backward=compiled.backward,
         copies=strides != x.stride(),
         loops=(ctypes.c_int64 * len(lengths))(*lengths),
+        extents=(ctypes.c_double * len(sizes))(*sizes.values()),
         elements=x.numel(),
         groups=math.prod(groups),
         saved=1 if program.about_zero else 2,
@@ -222,7 +225,7 @@ def _forward(
     dense = [_dense(t, order) for t, order in zip(tensors, kernel.orders, strict=True)]
     kernel.forward(
         _at(x), _at(residual), _at(y), _at(moments), _at(new),
-        *[_at(t) for t in dense], kernel.loops, ctypes.c_int64(_threads(kernel)),
+        *[_at(t) for t in dense], kernel.extents, kernel.loops, ctypes.c_int64(_threads(kernel)),
     )  # fmt: skip
     updates: tuple[Tensor, ...] = ()
     if kernel.updates:
@@ -281,7 +284,7 @@ class _Norm(torch.autograd.Function):
         made = [torch.empty_like(dense[i]) for i in kernel.free]
         kernel.backward(
             _at(dy), _at(x), _at(y), _at(moments), _at(dx), _at(dresidual),
-            *[_at(t) for t in (*dense, *made)], kernel.loops, ctypes.c_int64(_threads(kernel)),
+            *[_at(t) for t in (*dense, *made)], kernel.extents, kernel.loops, ctypes.c_int64(_threads(kernel)),
         )  # fmt: skip
         found: list[Tensor | None] = [dx, *[None] * len(tensors)]
         for i, gradient in zip(kernel.free, made, strict=True):

@@ -136,6 +136,7 @@ class Source:
     def signature(self, name: str, arguments: Iterable[str]) -> str:
         """The head of a function, and the lengths of its loops."""
         loops = range(len(self.layout.loops))
+        arguments = [*arguments, "const double *extents"]
         lines = [
             f'extern "C" void {name}({", ".join(arguments)}, const int64_t *size, int64_t threads) {{'
         ]
@@ -144,6 +145,8 @@ class Source:
             f"  const int64_t s{i} = {' * '.join([f'n{j}' for j in loops if j > i]) or '1'};"
             for i in loops
         ]
+        named = enumerate(self.program.extents())
+        lines += [f"  const double {name} = extents[{i}]; (void){name};" for i, name in named]
         return "\n".join(lines)
 
     def forward_arguments(self) -> list[str]:
