@@ -1,8 +1,8 @@
 """Compiles sources: once for each formula, layout and machine, into a cache that processes share.
 
 A library is written under another name and moved to its own, so that a reader finds a whole one or
-none; a lock keeps processes from compiling the same source at the same time. OpenMP is the one that
-torch has loaded, where its file is found: two of them would each keep threads.
+none; a lock keeps processes from compiling the same source at the same time. OpenMP has the name of
+torch's own, which is loaded already: there is one set of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -41,15 +42,24 @@ def library(body: str, single: str) -> ctypes.CDLL:
     Raises:
         NoCompiler: it could not be compiled.
     """
-    text = f"typedef {single} acc;\n{PRELUDE}\n{body}\n"
-    command = [compiler(), *FLAGS]
-    key = hashlib.sha256("\0".join([text, *command, _machine()]).encode()).hexdigest()[:32]
-    path = folder() / f"{key}.so"
+    path = compiled(f"typedef {single} acc;\n{PRELUDE}\n{body}\n", FLAGS, "norm")
+    return ctypes.CDLL(str(path))
+
+
+def compiled(text: str, flags: Sequence[str], name: str, links: Sequence[str] = ()) -> Path:
+    """The file of a compiled source, made now if it is not there.
+
+    Raises:
+        NoCompiler: it could not be compiled.
+    """
+    command = [compiler(), *flags]
+    key = hashlib.sha256("\0".join([text, *command, *links, _machine()]).encode()).hexdigest()[:32]
+    path = folder() / f"{name}_{key}.so"
     if not path.exists():
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
-                _compile(text, command, path)
-    return ctypes.CDLL(str(path))
+                _compile(text, command, links, path)
+    return path
 
 
 def folder() -> Path:
@@ -78,39 +88,20 @@ def compiler() -> str:
     raise NoCompiler("there is no C++ compiler (CXX, g++ or clang++)")
 
 
-def _compile(text: str, command: list[str], path: Path) -> None:
+def _compile(text: str, command: list[str], links: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         source, made = Path(place) / "norm.cpp", Path(place) / "norm.so"
         source.write_text(text)
         try:
             run = subprocess.run(
-                [*command, "-o", str(made), str(source), *_openmp()],
-                capture_output=True, text=True, timeout=120, check=False,
+                [*command, "-o", str(made), str(source), *links],
+                capture_output=True, text=True, timeout=600, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NoCompiler(f"{command[0]} did not run: {error}") from error
         if run.returncode:
             raise NoCompiler(f"{command[0]} failed: {run.stderr.strip()[-2000:]}")
         os.replace(made, path)
-
-
-@cache
-def _openmp() -> tuple[str, ...]:
-    """The file of torch's own OpenMP, linked by name in place of the compiler's."""
-    root = Path(torch.__file__).parent
-    for place in (root / "lib", root.parent / "torch.libs"):
-        for found in sorted(place.glob("libgomp*.so*")):
-            return (
-                "-nodefaultlibs",
-                str(found),
-                f"-Wl,-rpath,{place}",
-                "-lstdc++",
-                "-lm",
-                "-lc",
-                "-lgcc_s",
-                "-lgcc",
-            )
-    return ()
 
 
 @cache

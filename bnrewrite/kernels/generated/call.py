@@ -1,12 +1,8 @@
-"""Runs programs: compiled for the tensors that come, differentiable, by torch's operations else."""
+"""Runs programs on tensors: by a kernel where there is one, by torch's operations else."""
 
 from __future__ import annotations
 
-import ctypes
-import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,56 +10,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from .build import NoCompiler, library
-from .columns import columns_source
-from .layout import Layout, arrange
-from .printing import Source, Unprintable
-from .program import Program, parse
+from . import runtime
+from .kernel import Kernel, made_for
+from .program import parse
+from .record import Recorded, forward
 from .reference import reference
-from .rows import rows_source
 
-SMALL = 32768  # elements for which another thread is worth its start
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """The compiled functions of a program for tensors of one shape, layout and dtypes.
-
-    Attributes:
-        forward, backward: as ``printing.Source`` gives their arguments.
-        copies: x has holes or repeats in memory, and is copied first.
-        loops: the lengths of the loops, as the functions take them.
-        extents: of the axes.
-        elements: of x.
-        groups: how many there are.
-        saved: moments of each group.
-        orders: for each tensor None, or the sizes of its axes and their order in memory.
-        kept: None, or the sizes of the kept axes in the order of memory and the way back.
-        dtype: of the moments.
-        result: of y.
-        free: the tensors that take a gradient.
-        used: those that a backward reads.
-        updates: how many there are.
-    """
-
-    forward: Any
-    backward: Any
-    copies: bool
-    loops: Any
-    extents: Any
-    elements: int
-    groups: int
-    saved: int
-    orders: tuple[tuple[list[int], list[int]] | None, ...]
-    kept: tuple[list[int], list[int]] | None
-    dtype: torch.dtype
-    result: torch.dtype
-    free: tuple[int, ...]
-    used: tuple[int, ...]
-    updates: int
-
 
 _kernels: dict[Any, Kernel | None] = {}
 
@@ -77,27 +30,33 @@ def norm(text: str, x: Tensor, *tensors: Tensor) -> Tensor:
         tensors: t0, t1, ... with their elements in the order of their axes, and after them the
             residual, where the program adds one.
     """
-    return _run(text, x, tensors)[0]
+    made = runtime.call(text, x, tensors)
+    if made is None:
+        return _run(text, x, tensors)[0]
+    return made
 
 
 def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """``y`` of a program, and its updates: along the kept axes, in the dtype of the moments."""
-    return _run(text, x, tensors)
+    made = runtime.call(text, x, tensors)
+    if made is None:
+        return _run(text, x, tensors)
+    return made
 
 
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if type(x) is FakeTensor:
         return _fake(text, x)
-    kernel = _kernel(text, x, tensors)
+    kernel = _kernel(text, x, tensors) if _are_plain(x, *tensors) else None
     if kernel is None:
         y, updates = reference(text, x, tensors)
         return (y, *updates)
     if kernel.copies:
         x = x.clone(memory_format=torch.preserve_format)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
-        found: tuple[Tensor, ...] = _Norm.apply(kernel, text, x, *tensors)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = Recorded.apply(kernel, text, x, *tensors)  # type: ignore[no-untyped-call]
         return found
-    y, _, updates = _forward(kernel, x, tensors)
+    y, _, updates = forward(kernel, x, tensors)
     return (y, *updates)
 
 
@@ -110,197 +69,20 @@ def _fake(text: str, x: Tensor) -> tuple[Tensor, ...]:
     return (torch.empty_like(x, dtype=program.dtype or x.dtype), *updates)
 
 
+def _are_plain(*given: Tensor) -> bool:
+    """Whether tensors are what they seem: nobody looks on, their numbers lie in their memory."""
+    if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return all(type(tensor) in PLAIN and not wrapped(tensor) for tensor in given)
+
+
 def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
-    if (
-        forward_ad._current_level >= 0
-        or type(x) not in PLAIN
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    ):
-        return None
     key = (text, x.shape, x.stride(), x.dtype, *[t.dtype for t in tensors])
     try:
         return _kernels[key]
     except KeyError:
-        found = _kernels[key] = _made(text, x, tensors)
+        found = _kernels[key] = made_for(text, x, tensors)
+        if found is not None:
+            runtime.add(text, found, (x, *tensors))
         return found
-
-
-def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
-    program = parse(text)
-    given = (x, *tensors)
-    if any(t.device.type != "cpu" or t.dtype not in FLOATING for t in given) or not x.numel():
-        return None
-    strides = torch.empty_like(x).stride()
-    arranged = arrange(program, x.shape, strides)
-    if arranged is None:
-        return None
-    layout, lengths = arranged
-    result = program.dtype or x.dtype
-    tensors = tensors[: len(program.tensors)]
-    dtypes = tuple(
-        str(d).removeprefix("torch.") for d in (x.dtype, result, *[t.dtype for t in tensors])
-    )
-    source = Source(text, layout, dtypes)
-    try:
-        body = columns_source(source) if layout.columns else rows_source(source)
-        compiled = library(body, source.single)
-    except Unprintable:
-        return None
-    except NoCompiler as reason:
-        warnings.warn(f"norms run without kernels of their own: {reason}", stacklevel=2)
-        return None
-    sizes = program.axis_sizes(x.shape)
-    groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
-    return Kernel(
-        forward=compiled.forward,
-        backward=compiled.backward,
-        copies=strides != x.stride(),
-        loops=(ctypes.c_int64 * len(lengths))(*lengths),
-        extents=(ctypes.c_double * len(sizes))(*sizes.values()),
-        elements=x.numel(),
-        groups=math.prod(groups),
-        saved=1 if program.about_zero else 2,
-        orders=tuple(
-            _order(program.tensors[i], layout.order(i), sizes) for i in range(len(tensors))
-        ),
-        kept=_kept(program, layout, sizes),
-        dtype=torch.float64 if source.single == "double" else torch.float32,
-        result=result,
-        free=tuple(source.free()),
-        used=tuple(source.used()),
-        updates=len(program.updates),
-    )
-
-
-def _order(
-    own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, int]
-) -> tuple[list[int], list[int]] | None:
-    """How a tensor is permuted to the order of memory; None where it is in it."""
-    present = [axis for axis in own if axis in wanted]  # others have one element
-    if tuple(present) == wanted:
-        return None
-    return [sizes[axis] for axis in present], [present.index(axis) for axis in wanted]
-
-
-def _kept(
-    program: Program, layout: Layout, sizes: dict[str, int]
-) -> tuple[list[int], list[int]] | None:
-    memory = [axis for loop in layout.loops if not loop.reduced for axis in loop.axes]
-    own = [axis for axis in program.kept() if axis in memory]
-    if own == memory:
-        return None
-    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in own]
-
-
-def _dense(tensor: Tensor, order: tuple[list[int], list[int]] | None) -> Tensor:
-    if order is None:
-        return tensor.contiguous()
-    sizes, places = order
-    return tensor.reshape(sizes).permute(places).contiguous()
-
-
-def _back(made: Tensor, tensor: Tensor, order: tuple[list[int], list[int]] | None) -> Tensor:
-    """A gradient in the shape of its tensor."""
-    if order is None:
-        return made
-    places = order[1]
-    return made.permute([places.index(dim) for dim in range(len(places))]).reshape(tensor.shape)
-
-
-def _threads(kernel: Kernel) -> int:
-    return min(torch.get_num_threads(), -(-kernel.elements // SMALL))
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
-def _forward(
-    kernel: Kernel, x: Tensor, given: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    tensors, residual = _parted(kernel, x, given)
-    y = torch.empty_like(x, dtype=kernel.result)
-    both = torch.empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.dtype)
-    moments, new = both[: kernel.saved], both[kernel.saved :]
-    dense = [_dense(t, order) for t, order in zip(tensors, kernel.orders, strict=True)]
-    kernel.forward(
-        _at(x), _at(residual), _at(y), _at(moments), _at(new),
-        *[_at(t) for t in dense], kernel.extents, kernel.loops, ctypes.c_int64(_threads(kernel)),
-    )  # fmt: skip
-    updates: tuple[Tensor, ...] = ()
-    if kernel.updates:
-        updates = tuple(new.clone().unbind())
-        if kernel.kept is not None:
-            sizes, places = kernel.kept
-            updates = tuple(u.view(sizes).permute(places) for u in updates)
-    return y, moments, updates
-
-
-def _parted(
-    kernel: Kernel, x: Tensor, given: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The tensors of the program, and the residual in the layout of x."""
-    count = len(kernel.orders)
-    if len(given) == count:
-        return given, None
-    residual = given[count]
-    if residual.stride() != x.stride():
-        residual = torch.empty_like(x).copy_(residual)
-    return given[:count], residual
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernel: Kernel, text: str, x: Tensor, *given: Tensor
-    ) -> tuple[Tensor, ...]:
-        y, moments, updates = _forward(kernel, x, given)
-        kept: list[Tensor | None] = [None] * len(kernel.orders)
-        for i in kernel.used:  # a buffer may change before the backward; a copy does not
-            kept[i] = given[i] if i in kernel.free else given[i].clone()
-        residual = given[len(kept) :]
-        ctx.save_for_backward(x, moments, *([y] if residual else []), *kept, *residual)
-        ctx.kernel, ctx.text = kernel, text
-        ctx.mark_non_differentiable(*updates)
-        return (y, *updates)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, needed = ctx.kernel, ctx.needs_input_grad[2:]
-        x, moments, *given = ctx.saved_tensors
-        y = given.pop(0) if len(given) > len(kernel.orders) else None
-        dy = cotangents[0]
-        if torch.is_grad_enabled():
-            return (None, None, *_of_reference(ctx.text, [x, *given], needed, dy))
-        if dy.stride() != x.stride():
-            dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
-        tensors = given[: len(kernel.orders)]
-        dx = torch.empty_like(x) if needed[0] else None
-        dresidual = torch.empty_like(x) if y is not None else None
-        dense = [
-            None if t is None else _dense(t, order)
-            for t, order in zip(tensors, kernel.orders, strict=True)
-        ]
-        made = [torch.empty_like(dense[i]) for i in kernel.free]
-        kernel.backward(
-            _at(dy), _at(x), _at(y), _at(moments), _at(dx), _at(dresidual),
-            *[_at(t) for t in (*dense, *made)], kernel.extents, kernel.loops, ctypes.c_int64(_threads(kernel)),
-        )  # fmt: skip
-        found: list[Tensor | None] = [dx, *[None] * len(tensors)]
-        for i, gradient in zip(kernel.free, made, strict=True):
-            if needed[1 + i]:
-                found[1 + i] = _back(gradient, tensors[i], kernel.orders[i])
-        return (None, None, *found, *([dresidual] if y is not None else []))
-
-
-def _of_reference(
-    text: str, given: Sequence[Tensor | None], needed: Sequence[bool], cotangent: Tensor
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated any number of times."""
-    x, *tensors = given
-    wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need]
-    assert x is not None
-    filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
-    y = reference(text, x, filled, updates=False)[0]
-    made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=True, allow_unused=True))
-    return [next(made) if need else None for need in needed]
