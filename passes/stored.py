@@ -12,6 +12,8 @@ from bnrewrite.algebra.meaning import Reading
 
 from .rewriting import Rewriting
 
+NOT_STORED = "it is not made of parameters and buffers alone"
+
 
 class Stored:
     """The nodes that have the same value in every call, as long as nobody changes the model.
@@ -35,7 +37,7 @@ class Stored:
         """Why these are not all constant, a clause; None where they are."""
         for node in nodes:
             if node not in self._nodes:
-                return self._why(node) if isinstance(node, fx.Node) else _NOT_STORED
+                return self._why(node) if isinstance(node, fx.Node) else NOT_STORED
         return None
 
     def _why(self, node: fx.Node) -> str:
@@ -47,13 +49,13 @@ class Stored:
             ):
                 path = current.meta["path"] or current.name
                 if current.name in self._updated:
-                    return f"the graph updates {path}"
+                    return f"the graph itself updates {path}"
                 return f"{path} requires a gradient here"
             for each in current.all_input_nodes:
                 if each not in self._nodes and each not in seen:
                     seen.add(each)
                     todo.append(each)
-        return _NOT_STORED
+        return NOT_STORED
 
     def _is_given(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
@@ -76,9 +78,6 @@ class Stored:
         elif not callable(target):
             return False
         return all(each in self._nodes for each in node.all_input_nodes)
-
-
-_NOT_STORED = "it is not made of parameters and buffers alone"
 
 
 def leaves_of(outputs: Iterable[fx.Node], inner: Callable[[fx.Node], bool]) -> list[fx.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from contract import JITTERS, error, violation
 from hand_written import Layer
 from torch import Tensor, nn
 
+from bnrewrite import explain, optimize
 from bnrewrite.capture import capture
 from bnrewrite.options import Options
 from bnrewrite.oracle import Jitter, Widen, widened_module
@@ -105,6 +107,10 @@ class Normed(Layer):
         self.bias = nn.Parameter(drawn(found.outputs))
         self.mean: Tensor
         self.variance: Tensor
+        self.other_mean: Tensor
+        self.other_variance: Tensor
+        self.register_buffer("other_mean", drawn(5))
+        self.register_buffer("other_variance", drawn(5).abs() + 0.5)
         self.all_mean: Tensor
         self.all_variance: Tensor
         self.register_buffer("all_mean", drawn())
@@ -126,7 +132,7 @@ class Normed(Layer):
 
 
 def centred(m: Normed, y: Tensor) -> Tensor:
-    normal = (y - m.along(m.mean)) / torch.sqrt(m.along(m.variance) + EPS)
+    normal = (y - m.along(m.mean)) / torch.sqrt(m.along(m.variance) + 1e-3)
     return normal * m.along(m.weight) + m.along(m.bias)
 
 
@@ -175,18 +181,28 @@ NORMS: dict[str, Formula] = {
 }
 
 
-def folded_as_constants(model: nn.Module, *inputs: Tensor) -> tuple[tuple[Site, ...], Tensor, str]:
+def folded_as_constants(
+    model: nn.Module, *inputs: Tensor, strict: bool = False
+) -> tuple[tuple[Site, ...], Tensor, str]:
     """Folds as an export does: the records, the result and the text of the graph."""
     with torch.no_grad():
         (canonical,) = capture(model, *inputs)
         stored = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         named = {each.name: stored[each.path] for each in canonical.inputs if each.path}
-        sites = rewrite(canonical, Options(stage="export"), named)
+        sites = rewrite(canonical, Options(strict=strict, stage="export"), named)
         given = iter(inputs)
         values = [named.get(each.name) for each in canonical.inputs]
         values = [next(given) if value is None else value for value in values]
         (result,) = canonical.module(*values)
     return sites, result, str(canonical.module.graph)
+
+
+def notes(model: nn.Module, *inputs: Tensor, **switches: Any) -> list[str]:
+    """What the report of an eager call without gradients says of a model's only norm."""
+    with torch.no_grad():
+        (site,) = explain(optimize(model, **switches), *inputs).sites
+    assert site.status == "rewritten", site
+    return list(site.notes)
 
 
 @torch.no_grad()

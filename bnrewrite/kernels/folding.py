@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .frozen import LARGEST_MEAN
-from .layout import has_values
 
 
 class Unfoldable(Exception):
     """Values that a folded weight would not keep; a sentence."""
 
 
+PLAIN = (Tensor, nn.Parameter)  # fake and distributed ones have no values to compare here
 Each = TypeVar("Each")
 
 
@@ -36,7 +36,8 @@ class Parts(NamedTuple, Generic[Each]):
         shift: of shape (C,), float64.
         centre: of shape (C,), float64: what the user's code subtracts first, None where it scales
             first.
-        divisor: of shape (C,), float64: the part of the scale that makes deviations one.
+        divisor: of shape (C,), float64: the part of the scale that makes deviations one; with a
+            centre only.
     """
 
     weight: Each
@@ -111,9 +112,8 @@ def _check_centre(parts: Parts[Tensor], bias: Tensor) -> None:
     The yardstick is the largest result: a channel of small weight may have a mean that is large
     beside its own deviation.
     """
-    if parts.divisor is None:
-        raise Unfoldable("its centre is of unknown size beside the deviation")
     assert parts.centre is not None
+    assert parts.divisor is not None
     moved = float(((parts.centre - bias) * parts.scale).abs().amax())
     reach = float((parts.scale / parts.divisor).abs().amax())
     if not moved <= LARGEST_MEAN * reach:
@@ -161,12 +161,11 @@ class Folding(nn.Module):
 
     def run(self, x: Tensor, given: Sequence[Tensor]) -> Tensor:
         """The result, by the folded weight where it is as good and faster."""
-        if x.numel() * self.share >= self.fewest:
-            found = self.folded(given[: self.count])
-            if found is not None:
-                result: Tensor = self.joined.forward(x, *found)
-                return result
-        result = self.plain.forward(x, *given)
+        is_large = x.numel() * self.share >= self.fewest
+        found = self.folded(given[: self.count]) if is_large else None
+        result: Tensor = (
+            self.plain.forward(x, *given) if found is None else self.joined.forward(x, *found)
+        )
         return result
 
     def folded(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -175,7 +174,7 @@ class Folding(nn.Module):
         Kept per weight, the first stored tensor, as long as that lives: copies of a model run
         through the same graph. An entry is never changed, so threads may share it.
         """
-        if not all(map(has_values, stored)):
+        if any(type(each) not in PLAIN for each in stored):
             return None
         known = self._known.get(stored[0])
         if known is None or not all(map(is_same, stored, known.stored)):
