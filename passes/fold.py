@@ -34,7 +34,7 @@ from .writing import hint
 # A float32 number of the weight takes 0.22 ns to compare, one of the result 0.15 ns to transform
 # (one core, docs/decisions/0015-fold.md); comparing four vectors takes as long as 30,000 of these.
 SMALLEST = 65536  # elements of the result
-TIMES = 4  # as many elements of the result as of the stored tensors
+TIMES = 8  # as many elements of the result as of the weight
 
 ROOMIER = "more accurate than the source: the result before the affine is rounded to {dtype} there"
 

