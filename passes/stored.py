@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import fx
 
 from bnrewrite.algebra.calls import is_tensor
 from bnrewrite.algebra.meaning import Reading
+from bnrewrite.kernels import KERNELS
 
 from .rewriting import Rewriting
 
@@ -75,9 +77,10 @@ class Stored:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor | tuple):
             return False
         if isinstance(target, torch._ops.OpOverload):
-            if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
-                return False
-        elif not callable(target):
+            random = torch.Tag.nondeterministic_seeded in target.tags
+            if random or target._schema.is_mutable or target.namespace != "aten":
+                return False  # a custom operator may have state of its own
+        elif target is not operator.getitem and target not in KERNELS:
             return False
         return all(each in self._nodes for each in node.all_input_nodes)
 
