@@ -162,6 +162,10 @@ def one_for_all(m: Normed, y: Tensor) -> Tensor:
     return (y - m.all_mean) / torch.sqrt(m.all_variance + EPS) + m.along(m.bias)
 
 
+def negated(m: Normed, y: Tensor) -> Tensor:
+    return (m.along(m.mean) - y) / torch.sqrt(m.along(m.variance) + EPS)
+
+
 def twice(m: Normed, y: Tensor) -> Tensor:
     return (centred(m, y) - m.all_mean) / torch.sqrt(m.all_variance + EPS)
 
@@ -176,6 +180,7 @@ NORMS: dict[str, Formula] = {
         by_root_mean_square,
         by_exponential,
         one_for_all,
+        negated,
         twice,
     )
 }

@@ -70,6 +70,36 @@ def test_a_norm_is_folded_in_eager_mode(
     assert computed == [True]
 
 
+class Grouped(Normed):
+    """One mean and one variance for each pair of channels, a weight for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__("conv2d", by_pairs)
+        self.pair_mean: Tensor
+        self.pair_variance: Tensor
+        self.register_buffer("pair_mean", torch.tensor([0.5, -1.0, 2.0]))
+        self.register_buffer("pair_variance", torch.tensor([0.5, 1.0, 2.0]))
+
+
+def by_pairs(m: Normed, y: Tensor) -> Tensor:
+    assert isinstance(m, Grouped)
+    mean, variance = (each.view(3, 1, 1, 1) for each in (m.pair_mean, m.pair_variance))
+    pairs = (y.view(len(y), 3, 2, *y.shape[2:]) - mean) * torch.rsqrt(variance + EPS)
+    return pairs.flatten(1, 2) * m.along(m.weight) + m.along(m.bias)
+
+
+@pytest.mark.usefixtures("small")
+def test_an_affine_of_groups_of_channels(computed: list[bool]) -> None:
+    users = Grouped().eval()
+    sites, found, _ = folded_as_constants(users, users.inputs())
+    assert sites[0].lowering == "fold"
+    assert broken_promise(users, found, users.inputs()) is None
+    model = bnrewrite.optimize(copy.deepcopy(users))
+    with torch.no_grad():
+        assert broken_promise(users, model(users.inputs()), users.inputs()) is None
+    assert computed[-1]
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["conv2d", "linear of a sequence"])
