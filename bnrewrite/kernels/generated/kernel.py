@@ -67,7 +67,9 @@ class Kernel:
     def run(self, function: Any, pointers: Sequence[Tensor | None]) -> None:
         """Call one of the functions."""
         threads = min(torch.get_num_threads(), -(-self.elements // SMALL))
-        given = (ctypes.c_void_p * len(pointers))(*(t.data_ptr() if t is not None else None for t in pointers))
+        given = (ctypes.c_void_p * len(pointers))(
+            *(t.data_ptr() if t is not None else None for t in pointers)
+        )
         extents = (ctypes.c_double * len(self.extents))(*self.extents)
         loops = (ctypes.c_int64 * len(self.loops))(*self.loops)
         function(given, extents, loops, ctypes.c_int64(threads))
