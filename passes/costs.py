@@ -23,7 +23,6 @@ from torch import fx
 from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.anchors import elements
 from bnrewrite.algebra.axes import Axis, Dims
-
 from bnrewrite.kernels import has_compiler
 
 from .nodes import current
