@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,8 @@ from .printing import Source, Unprintable
 from .program import Program, parse
 from .reference import reference
 from .rows import rows_source
+
+logger = logging.getLogger(__name__)
 
 SMALL = 32768  # elements for which another thread is worth its start
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,7 +41,7 @@ class Kernel:
         groups: how many there are.
         saved: moments of each group.
         orders: for each tensor None, or the sizes of its axes and their order in memory.
-        kept: None, or the sizes of the kept axes in the order of memory and the way back.
+        kept: the sizes of the kept axes in the order of memory, and the way back.
         dtype: of the moments.
         result: of y.
         free: the tensors that take a gradient.
@@ -55,7 +57,7 @@ class Kernel:
     groups: int
     saved: int
     orders: tuple[tuple[list[int], list[int]] | None, ...]
-    kept: tuple[list[int], list[int]] | None
+    kept: tuple[list[int], list[int]]
     dtype: torch.dtype
     result: torch.dtype
     free: tuple[int, ...]
@@ -85,7 +87,7 @@ def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, .
 
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if type(x) is FakeTensor:
-        return _fake(text, x)
+        return _fake(text, x, tensors)
     kernel = _kernel(text, x, tensors)
     if kernel is None:
         y, updates = reference(text, x, tensors)
@@ -99,23 +101,20 @@ def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (y, *updates)
 
 
-def _fake(text: str, x: Tensor) -> tuple[Tensor, ...]:
+def _fake(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Results without values."""
     program = parse(text)
     shape = program.kept_sizes(x.shape)
-    single = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = any(t.dtype == torch.float64 for t in (x, *tensors[: len(program.tensors)]))
+    single = torch.float64 if wide or program.dtype == torch.float64 else torch.float32
     updates = (x.new_empty(shape, dtype=single) for _ in program.updates)
     return (torch.empty_like(x, dtype=program.dtype or x.dtype), *updates)
 
 
 def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
-    if (
-        forward_ad._current_level >= 0
-        or type(x) not in PLAIN
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    ):
+    if _is_observed() or not all(map(_is_plain, (x, *tensors))):
         return None
-    key = (text, x.shape, x.stride(), x.dtype, *[t.dtype for t in tensors])
+    key = (text, x.shape, x.stride(), x.dtype, *[(t.shape, t.dtype) for t in tensors])
     try:
         return _kernels[key]
     except KeyError:
@@ -123,10 +122,32 @@ def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         return found
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are where its address says, as they are."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+    )
+
+
+def _is_observed() -> bool:
+    """Whether something must see the operations: a transform, a mode, a trace, forward mode."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     program = parse(text)
     given = (x, *tensors)
-    if any(t.device.type != "cpu" or t.dtype not in FLOATING for t in given) or not x.numel():
+    if any(t.dtype not in FLOATING for t in given) or not x.numel():
+        return None
+    if not _fits(program, x, tensors):
         return None
     strides = torch.empty_like(x).stride()
     arranged = arrange(program, x.shape, strides)
@@ -145,7 +166,7 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     except Unprintable:
         return None
     except NoCompiler as reason:
-        warnings.warn(f"norms run without kernels of their own: {reason}", stacklevel=2)
+        logger.warning("a norm runs without a kernel of its own: %s", reason)
         return None
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
@@ -169,6 +190,17 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     )
 
 
+def _fits(program: Program, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor has the elements that a kernel reads."""
+    if len(tensors) != len(program.tensors) + program.residual:
+        return False
+    sizes = program.axis_sizes(x.shape)
+    if program.residual and tensors[-1].shape != x.shape:
+        return False
+    wanted = (math.prod(sizes[axis] for axis in own) for own in program.tensors)
+    return all(t.numel() == count for t, count in zip(tensors, wanted, strict=False))
+
+
 def _order(
     own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, int]
 ) -> tuple[list[int], list[int]] | None:
@@ -181,12 +213,11 @@ def _order(
 
 def _kept(
     program: Program, layout: Layout, sizes: dict[str, int]
-) -> tuple[list[int], list[int]] | None:
+) -> tuple[list[int], list[int]]:
     memory = [axis for loop in layout.loops if not loop.reduced for axis in loop.axes]
-    own = [axis for axis in program.kept() if axis in memory]
-    if own == memory:
-        return None
-    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in own]
+    single = [axis for axis in program.kept() if axis not in memory]  # of one element
+    memory = [*single, *memory]
+    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in program.kept()]
 
 
 def _dense(tensor: Tensor, order: tuple[list[int], list[int]] | None) -> Tensor:
@@ -226,10 +257,8 @@ def _forward(
     )  # fmt: skip
     updates: tuple[Tensor, ...] = ()
     if kernel.updates:
-        updates = tuple(new.clone().unbind())
-        if kernel.kept is not None:
-            sizes, places = kernel.kept
-            updates = tuple(u.view(sizes).permute(places) for u in updates)
+        sizes, places = kernel.kept
+        updates = tuple(u.clone().view(sizes).permute(places) for u in new)
     return y, moments, updates
 
 
@@ -267,7 +296,7 @@ class _Norm(torch.autograd.Function):
         x, moments, *given = ctx.saved_tensors
         y = given.pop(0) if len(given) > len(kernel.orders) else None
         dy = cotangents[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_observed() or not _is_plain(dy):
             return (None, None, *_of_reference(ctx.text, [x, *given], needed, dy))
         if dy.stride() != x.stride():
             dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
@@ -298,6 +327,8 @@ def _of_reference(
     wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need]
     assert x is not None
     filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
-    y = reference(text, x, filled, updates=False)[0]
-    made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=True, allow_unused=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = reference(text, x, filled, updates=False)[0]
+    made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
     return [next(made) if need else None for need in needed]

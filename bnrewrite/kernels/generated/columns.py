@@ -313,14 +313,14 @@ def _measure(columns: _Columns, zero: bool) -> list[str]:
             ),
             4,
         ),
-        "    for (int64_t q = 0; q < width; ++q) { pivot[q] += sums[q] / acc(few); sums[q] = 0; }",
+        "    for (int64_t q = 0; q < width; ++q) { pivot[q] = pivot_at(pivot[q] + sums[q] / acc(few)); sums[q] = 0; }",
     ]
     merged = [
         "      for (int64_t q = 0; q < width; ++q) {",
         "        const double sum = sums[q], block = pivot[q] + sum / n, distance = block - means[q];",
-        "        means[q] += distance * share;",
+        "        means[q] = between(means[q], block, distance, share);",
         "        spreads[q] += (squares[q] - sum * (sum / n)) + distance * distance * (count * share);",
-        "        pivot[q] = acc(means[q]); sums[q] = squares[q] = 0;",
+        "        pivot[q] = pivot_at(means[q]); sums[q] = squares[q] = 0;",
         "      }",
     ]
     if zero:

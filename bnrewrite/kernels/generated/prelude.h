@@ -134,13 +134,24 @@ inline void clear(slots &lanes, acc &rest) {
   rest = 0;
 }
 
+// What is subtracted before sums are taken: inf would make NaN of every number.
+inline acc pivot_at(double mean) {
+  return std::isfinite(acc(mean)) ? acc(mean) : acc(0);
+}
+
+// The mean of two parts that are `distance` apart, the second one of which has this share; an
+// infinite one stays infinite.
+inline double between(double mean, double block, double distance, double share) {
+  return std::isfinite(distance) ? mean + distance * share : mean * (1 - share) + block * share;
+}
+
 // Adds the moments of a block, which are sums of d = x - pivot, to those of a group.
 inline void merge(double &count, double &mean, double &spread, double n, double pivot, double sum,
                   double squares) {
   double block = pivot + sum / n;
   double distance = block - mean;
   double both = count + n;
-  mean += distance * (n / both);
+  mean = between(mean, block, distance, n / both);
   spread += (squares - sum * (sum / n)) + distance * distance * (count * (n / both));
   count = both;
 }

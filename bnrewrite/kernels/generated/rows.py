@@ -115,14 +115,14 @@ def _moments(source: Source, reduced: list[int]) -> list[str]:
             "        using V = decltype(tag);",
             "        add(lanes, rest, V(load<V>(x + base + j) - pivot), slot);",
             "      });",
-            "      pivot += acc(total(lanes, rest) / end);",
+            "      pivot = pivot_at(pivot + total(lanes, rest) / end);",
             "    }",
         ]
     adds = [] if zero else ["add(lanes, rest, d, slot);"]
     flush = [
         "merge(count, mean, spread, n, pivot, total(lanes, rest), total(squares, rest2));",
         "clear(lanes, rest); clear(squares, rest2); n = 0;",
-        "pivot = acc(mean);",
+        "pivot = pivot_at(mean);",
     ]
     if zero:
         flush = ["spread += total(squares, rest2); clear(squares, rest2); n = 0;"]
