@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +16,11 @@ from hypothesis import Phase, settings
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
+
+# The kernels of a test run are its own; the processes of one run share them.
+if "BNREWRITE_CACHE" not in os.environ:
+    os.environ["BNREWRITE_CACHE"] = tempfile.mkdtemp(prefix="bnrewrite-tests-")
+    atexit.register(shutil.rmtree, os.environ["BNREWRITE_CACHE"], ignore_errors=True)
 
 # Without shrinking: an example compiles a model, and a failing one already names its words.
 settings.register_profile(

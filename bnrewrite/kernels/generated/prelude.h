@@ -82,7 +82,7 @@ typedef acc half_vec __attribute__((vector_size(W / 2 * sizeof(acc))));
 typedef double eight __attribute__((vector_size(64)));
 
 // The sum of the lanes and a rest, in double precision.
-inline double total(vec lanes, acc rest) {
+inline double total(vec lanes, double rest) {
   half_vec halves[2];
   std::memcpy(halves, &lanes, sizeof lanes);
   eight sums = __builtin_convertvector(halves[0], eight) + __builtin_convertvector(halves[1], eight);
@@ -118,18 +118,18 @@ inline void each_summed(int64_t begin, int64_t end, Body body) {
   for (; j < end; ++j) body(acc{}, j, std::integral_constant<int, 0>{});
 }
 
-// Adds a number or vector to a sum.
+// Adds a number or vector to a sum; single numbers may be many, where rows are short.
 template <class V>
-inline void add(slots &lanes, acc &rest, V value, int slot) {
+inline void add(slots &lanes, double &rest, V value, int slot) {
   if constexpr (std::is_same_v<V, vec>) lanes[slot] += value;
   else rest += value;
 }
 
-inline double total(const slots &lanes, acc rest) {
+inline double total(const slots &lanes, double rest) {
   return total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), rest);
 }
 
-inline void clear(slots &lanes, acc &rest) {
+inline void clear(slots &lanes, double &rest) {
   for (int i = 0; i < SLOTS; ++i) lanes[i] = vec{};
   rest = 0;
 }
