@@ -41,6 +41,7 @@ from .state import BatchState, Update
 from .writing import Writing
 
 FUNCTIONS = {"root": "Root", "clamp_min": "Larger"}
+LOST = "a sum in it would lose digits in another order of operations"
 HIGHEST = 2  # degree up to which double precision keeps what a sum in single precision keeps
 
 
@@ -182,8 +183,8 @@ class _Text:
                 if len(rest.terms) < len(polynomial.terms):
                     more = f" + {self.sum(rest)}" if rest.terms else ""
                     return f"({self.sum(lead)})*{name}{more}"
-        self._keeps_digits(polynomial)
-        parts = [self._part(*part) for part in self._by_statistic(polynomial).items()]
+        exact = self._keeps_digits(polynomial)
+        parts = [self._part(*part, exact) for part in self._by_statistic(polynomial).items()]
         return " + ".join(parts) or "0"
 
     def _by_statistic(self, polynomial: Polynomial) -> dict[Monomial, Polynomial]:
@@ -195,21 +196,34 @@ class _Text:
             found.setdefault(statistic, {})[rest] = coefficient
         return {statistic: Polynomial(terms) for statistic, terms in found.items()}
 
-    def _keeps_digits(self, polynomial: Polynomial) -> None:
-        """Whether a sum of statistics may be computed in this order."""
+    def _keeps_digits(self, polynomial: Polynomial) -> bool:
+        """Whether a sum of statistics cancels, so that only double precision keeps its digits.
+
+        Raises:
+            Unwritable: that would not keep them either.
+        """
         if not self.writing.emitter.cancels(polynomial):
-            return
+            return False
         bases = self.ring.bases
         degrees = (sum(e for b, e in m if bases[b].moments) for m in polynomial.terms)
         if self.writing.dtype == torch.float64 or max(degrees) > HIGHEST:
-            raise Unwritable("a sum in it would lose digits in another order of operations")
+            raise Unwritable(LOST)
+        return True
 
-    def _part(self, statistic: Monomial, factor: Polynomial) -> str:
-        """A statistic times what has none: that is one tensor, or computed beside the kernel."""
+    def _part(self, statistic: Monomial, factor: Polynomial, exact: bool) -> str:
+        """A statistic times what has none: that is one tensor, or computed beside the kernel.
+
+        What is computed beside it, or for each element, is rounded, which a sum that has to be
+        exact does not stand.
+        """
+        if exact and self.ring.axes(factor) & self.match.over:
+            raise Unwritable(LOST)
         if statistic and factor.constant == 1:
             return self._term(statistic, 1)
         several = len([m for m in factor.terms if m]) > 1 or not self._is_plain(factor)
         if several and self.ring.raw(factor):
+            if exact:
+                raise Unwritable(LOST)
             written = self._written(factor)
         else:
             written = " + ".join(self._term(m, c) for m, c in factor.terms.items())

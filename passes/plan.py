@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
+from bnrewrite.kernels import why_no_kernels
 
 from .costs import has_fast_kernel, has_fast_norm, may_generate
 from .native import has_native
@@ -33,8 +34,12 @@ class Plan:
                 decision.refusal = Refusal(reason, decision.match.node)
             else:
                 decision.lowering = decision.otherwise = _lowering(rewriting, decision)
-                if _has_kernel(rewriting, decision.match):
-                    decision.lowering = "generated"
+                if _wants_kernel(rewriting, decision.match):
+                    reason = why_no_kernels()
+                    if reason is None:
+                        decision.lowering = "generated"
+                    else:
+                        decision.notes.append(f"no kernel is compiled for it: {reason}")
 
 
 def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str | None:
@@ -70,7 +75,7 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     return "native" if native else "composite"
 
 
-def _has_kernel(rewriting: Rewriting, found: Match) -> bool:
+def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
     options = rewriting.options
     if options.stage != "eager" or options.kernels not in ("auto", "generated"):
         return False

@@ -8,7 +8,7 @@ from typing import Any
 from .batched import batch_norm
 from .folding import folded
 from .frozen import frozen_batch_norm
-from .generated import check_program, has_compiler, norm, norm_with_updates
+from .generated import check_program, norm, norm_with_updates, why_no_kernels
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
@@ -20,11 +20,11 @@ __all__ = [
     "folded",
     "frozen_batch_norm",
     "group_norm",
-    "has_compiler",
     "has_dense_channels",
     "layer_norm",
     "norm",
     "norm_with_updates",
+    "why_no_kernels",
 ]
 
 # Each returns a new tensor, and a backward needs its inputs alone.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .build import has_compiler
+from .build import why_no_kernels
 from .call import norm, norm_with_updates
 from .check import check_program
 
-__all__ = ["check_program", "has_compiler", "norm", "norm_with_updates"]
+__all__ = ["check_program", "norm", "norm_with_updates", "why_no_kernels"]

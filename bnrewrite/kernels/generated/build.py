@@ -1,18 +1,24 @@
 """Compiles sources: once for each formula, layout and machine, into a cache that processes share.
 
 A library is written under another name and moved to its own, so that a reader finds a whole one or
-none; a lock keeps processes from compiling the same source at the same time. OpenMP has the name of
-torch's own, which is loaded already: there is one set of threads.
+none; a lock keeps processes from compiling the same source at the same time. Behind its last byte
+stands its digest: what is damaged is compiled again, not loaded. A folder that others may write to
+is not used, since what lies in it is run.
+
+OpenMP has the name of torch's own, which is loaded already: there is one set of threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -26,10 +32,14 @@ FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-w",
 )  # fmt: skip
+PROBE = 'extern "C" int64_t probe() { return omp_get_max_threads() > 0 ? W : 0; }'
+DIGEST = 32  # bytes
+
+REMEDY = "set BNREWRITE_CACHE to a folder of your own"
 
 
 class NoCompiler(Exception):
-    """There is no C++ compiler that works; the text says what it said."""
+    """Nothing can be compiled here; the text says why."""
 
 
 def library(body: str, single: str) -> ctypes.CDLL:
@@ -40,43 +50,84 @@ def library(body: str, single: str) -> ctypes.CDLL:
         single: the type that is computed in, "float" or "double".
 
     Raises:
-        NoCompiler: it could not be compiled.
+        NoCompiler: it could not be compiled, kept or loaded.
     """
-    path = compiled(f"typedef {single} acc;\n{PRELUDE}\n{body}\n", FLAGS, "norm")
-    return ctypes.CDLL(str(path))
+    text = f"typedef {single} acc;\n{PRELUDE}\n{body}\n"
+    path = compiled(text, FLAGS, "norm")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoCompiler(f"{path} is of no use: {error}") from error
 
 
 def compiled(text: str, flags: Sequence[str], name: str, links: Sequence[str] = ()) -> Path:
     """The file of a compiled source, made now if it is not there.
 
+    Args:
+        text: the source.
+        flags: of the compiler.
+        name: how the file's name begins.
+        links: what it is linked with.
+
     Raises:
-        NoCompiler: it could not be compiled.
+        NoCompiler: it could not be compiled or kept.
     """
     command = [compiler(), *flags]
-    key = hashlib.sha256("\0".join([text, *command, *links, _machine()]).encode()).hexdigest()[:32]
-    path = folder() / f"{name}_{key}.so"
-    if not path.exists():
-        with filelock.FileLock(f"{path}.lock"):
-            if not path.exists():
-                _compile(text, command, links, path)
+    key = hashlib.sha256("\0".join([text, *command, *links, _machine()]).encode())
+    path = folder() / f"{name}_{key.hexdigest()[:32]}.so"
+    try:
+        if not _is_whole(path):
+            with filelock.FileLock(f"{path}.lock"):
+                if not _is_whole(path):
+                    _compile(text, command, links, path)
+    except (OSError, NotImplementedError) as error:
+        raise NoCompiler(f"{path} cannot be made: {error}") from error
     return path
 
 
 def folder() -> Path:
-    """Where libraries are kept: ``BNREWRITE_CACHE``, or the user's cache."""
+    """Where compiled files are kept: ``BNREWRITE_CACHE``, the virtual environment, the user's cache.
+
+    Raises:
+        NoCompiler: it cannot be made or written to, or others may write to it.
+    """
+    if not hasattr(os, "geteuid"):
+        raise NoCompiler("kernels are compiled where files have an owner, on Linux or macOS")
     given = os.environ.get("BNREWRITE_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = Path(given) if given else home / "bnrewrite"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
-
-
-def has_compiler() -> bool:
-    """Whether there is a compiler."""
+    if given:
+        return _own(Path(given))
+    if sys.prefix != sys.base_prefix:
+        with contextlib.suppress(NoCompiler):
+            return _own(Path(sys.prefix) / ".cache" / "bnrewrite")
     try:
-        return bool(compiler())
-    except NoCompiler:
-        return False
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise NoCompiler(f"there is no folder for compiled kernels ({error}); {REMEDY}") from error
+    return _own(home / "bnrewrite")
+
+
+def _own(path: Path) -> Path:
+    """A folder that this user alone writes to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = path.stat()
+    except OSError as error:
+        raise NoCompiler(f"there is no folder for compiled kernels ({error}); {REMEDY}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise NoCompiler(f"compiled kernels cannot be kept in {path}; {REMEDY}")
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NoCompiler(f"{path} may be written by other users; {REMEDY}")
+    return path.absolute()
+
+
+@cache
+def why_no_kernels() -> str | None:
+    """Why none can be compiled and run here, found by trying; None if they can."""
+    try:
+        probe = library(PROBE, "float").probe
+    except NoCompiler as reason:
+        return str(reason)
+    return None if probe() else "OpenMP has no threads"
 
 
 @cache
@@ -88,8 +139,16 @@ def compiler() -> str:
     raise NoCompiler("there is no C++ compiler (CXX, g++ or clang++)")
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there, with its own digest behind it."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
+
+
 def _compile(text: str, command: list[str], links: Sequence[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as place:
         source, made = Path(place) / "norm.cpp", Path(place) / "norm.so"
         source.write_text(text)
         try:
@@ -99,8 +158,11 @@ def _compile(text: str, command: list[str], links: Sequence[str], path: Path) ->
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NoCompiler(f"{command[0]} did not run: {error}") from error
-        if run.returncode:
-            raise NoCompiler(f"{command[0]} failed: {run.stderr.strip()[-2000:]}")
+        if run.returncode or not made.exists():
+            said = run.stderr.strip()[-2000:] or f"exit status {run.returncode}"
+            raise NoCompiler(f"{command[0]} failed: {said}")
+        with made.open("ab") as file:
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, path)
 
 

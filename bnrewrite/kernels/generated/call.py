@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from . import runtime
 from .kernel import Kernel, made_for
 from .program import parse
-from .record import Recorded, forward
+from .record import Recorded, are_plain, forward
 from .reference import reference
-
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _kernels: dict[Any, Kernel | None] = {}
 
@@ -46,8 +43,8 @@ def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, .
 
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if type(x) is FakeTensor:
-        return _fake(text, x)
-    kernel = _kernel(text, x, tensors) if _are_plain(x, *tensors) else None
+        return _fake(text, x, tensors)
+    kernel = _kernel(text, x, tensors) if are_plain(x, *tensors) else None
     if kernel is None:
         y, updates = reference(text, x, tensors)
         return (y, *updates)
@@ -60,25 +57,18 @@ def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (y, *updates)
 
 
-def _fake(text: str, x: Tensor) -> tuple[Tensor, ...]:
+def _fake(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Results without values."""
     program = parse(text)
     shape = program.kept_sizes(x.shape)
-    single = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = any(t.dtype == torch.float64 for t in (x, *tensors[: len(program.tensors)]))
+    single = torch.float64 if wide or program.dtype == torch.float64 else torch.float32
     updates = (x.new_empty(shape, dtype=single) for _ in program.updates)
     return (torch.empty_like(x, dtype=program.dtype or x.dtype), *updates)
 
 
-def _are_plain(*given: Tensor) -> bool:
-    """Whether tensors are what they seem: nobody looks on, their numbers lie in their memory."""
-    if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
-        return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return all(type(tensor) in PLAIN and not wrapped(tensor) for tensor in given)
-
-
 def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
-    key = (text, x.shape, x.stride(), x.dtype, *[t.dtype for t in tensors])
+    key = (text, x.shape, x.stride(), x.dtype, *[(t.shape, t.dtype) for t in tensors])
     try:
         return _kernels[key]
     except KeyError:

@@ -83,7 +83,7 @@ class _Columns:
     def sweep(
         self, end: str, body: list[str], *, head: list[str], tail: list[str], after: list[str]
     ) -> list[str]:
-        """Rows from ``row`` to an end, several at once: what a column adds up stays in registers."""
+        """Rows from ``row`` to an end, several at once: their sums are taken in registers first."""
         reduced = [i for i in self.source.layout.reduced if i not in self.loops]
         numbers = self.of_row
         return [
@@ -306,21 +306,21 @@ def _measure(columns: _Columns, zero: bool) -> list[str]:
                 head=[
                     "const V first = is_first ? load<V>(x + places[0] + q) : load<V>(pivot + q);",
                     "if (is_first) store(pivot + q, first);",
-                    "V sum = load<V>(sums + q);",
+                    "V sum{};",
                 ],
-                tail=["store(sums + q, sum);"],
+                tail=["store(sums + q, V(load<V>(sums + q) + sum));"],
                 after=["is_first = false;"],
             ),
             4,
         ),
-        "    for (int64_t q = 0; q < width; ++q) { pivot[q] += sums[q] / acc(few); sums[q] = 0; }",
+        "    for (int64_t q = 0; q < width; ++q) { pivot[q] = pivot_at(pivot[q] + sums[q] / acc(few)); sums[q] = 0; }",
     ]
     merged = [
         "      for (int64_t q = 0; q < width; ++q) {",
         "        const double sum = sums[q], block = pivot[q] + sum / n, distance = block - means[q];",
-        "        means[q] += distance * share;",
+        "        means[q] = between(means[q], block, distance, share);",
         "        spreads[q] += (squares[q] - sum * (sum / n)) + distance * distance * (count * share);",
-        "        pivot[q] = acc(means[q]); sums[q] = squares[q] = 0;",
+        "        pivot[q] = pivot_at(means[q]); sums[q] = squares[q] = 0;",
         "      }",
     ]
     if zero:
@@ -328,11 +328,11 @@ def _measure(columns: _Columns, zero: bool) -> list[str]:
             "      for (int64_t q = 0; q < width; ++q) { spreads[q] += squares[q]; squares[q] = 0; }"
         ]
     adds = ["square += d * d;"] if zero else ["sum += d;", "square += d * d;"]
-    head = ["V square = load<V>(squares + q);"]
-    tail = ["store(squares + q, square);"]
+    head = ["V square{};"]
+    tail = ["store(squares + q, V(load<V>(squares + q) + square));"]
     if not zero:
-        head += ["const V middle = load<V>(pivot + q);", "V sum = load<V>(sums + q);"]
-        tail += ["store(sums + q, sum);"]
+        head += ["const V middle = load<V>(pivot + q);", "V sum{};"]
+        tail += ["store(sums + q, V(load<V>(sums + q) + sum));"]
     value = "load<V>(x + at)" + ("" if zero else " - middle")
     return [
         "  auto measure = [&](int64_t task, int64_t begin, int64_t end, double *means, double *spreads, acc *scratch) {",
@@ -375,8 +375,8 @@ def _backward(source: Source) -> list[str]:
     names = columns.names()
     adds += [f"add(row{i}[k], row{i}_rest[k], V({inside(source, i, names)}));" for i in of_row]
     adds += ["store(dresidual + at, V(g));"] if program.residual else []
-    held = [f"V sum{n} = load<V>(lane{n} + q);" for n in range(len(lanes))]
-    stored = [f"store(lane{n} + q, sum{n});" for n in range(len(lanes))]
+    held = [f"V sum{n}{{}};" for n in range(len(lanes))]
+    stored = [f"store(lane{n} + q, V(load<V>(lane{n} + q) + sum{n}));" for n in range(len(lanes))]
     by_row = [
         f"for (int64_t k = 0; k < tall; ++k) {{ to{i}[row + k] += total(row{i}[k], row{i}_rest[k]);"
         f" row{i}[k] = vec{{}}; row{i}_rest[k] = 0; }}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from .layout import Layout, arrange
 from .printing import Source, Unprintable
 from .program import Program, parse
 from .rows import rows_source
+
+logger = logging.getLogger(__name__)
 
 SMALL = 32768  # elements for which another thread is worth its start
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -38,7 +40,7 @@ class Kernel:
         groups: how many there are.
         saved: moments of each group.
         orders: for each tensor None, or the sizes of its axes and their order in memory.
-        kept: None, or the sizes of the kept axes in the order of memory and the way back.
+        kept: the sizes of the kept axes in the order of memory and the way back.
         single: the dtype of the moments.
         result: the dtype of y.
         free: the tensors that take a gradient.
@@ -56,7 +58,7 @@ class Kernel:
     groups: int
     saved: int
     orders: tuple[Order | None, ...]
-    kept: Order | None
+    kept: Order
     single: torch.dtype
     result: torch.dtype
     free: tuple[int, ...]
@@ -79,7 +81,9 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     """The kernel of a program for tensors; None where torch's operations stand in for it."""
     program = parse(text)
     given = (x, *tensors)
-    if any(t.device.type != "cpu" or t.dtype not in FLOATING for t in given) or not x.numel():
+    if any(t.dtype not in FLOATING for t in given) or not x.numel():
+        return None
+    if not _fits(program, x, tensors):
         return None
     strides = torch.empty_like(x).stride()
     arranged = arrange(program, x.shape, strides)
@@ -96,7 +100,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     except Unprintable:
         return None
     except NoCompiler as reason:
-        warnings.warn(f"norms run without kernels of their own: {reason}", stacklevel=2)
+        logger.warning("a norm runs without a kernel of its own: %s", reason)
         return None
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
@@ -121,6 +125,17 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     )
 
 
+def _fits(program: Program, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor has the elements that a kernel reads."""
+    if len(tensors) != len(program.tensors) + program.residual:
+        return False
+    sizes = program.axis_sizes(x.shape)
+    if program.residual and tensors[-1].shape != x.shape:
+        return False
+    wanted = (math.prod(sizes[axis] for axis in own) for own in program.tensors)
+    return all(t.numel() == count for t, count in zip(tensors, wanted, strict=False))
+
+
 def _order(own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, int]) -> Order | None:
     """How a tensor is permuted to the order of memory; None where it is in it."""
     present = [axis for axis in own if axis in wanted]  # others have one element
@@ -129,9 +144,8 @@ def _order(own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, int])
     return [sizes[axis] for axis in present], [present.index(axis) for axis in wanted]
 
 
-def _kept(program: Program, layout: Layout, sizes: dict[str, int]) -> Order | None:
+def _kept(program: Program, layout: Layout, sizes: dict[str, int]) -> Order:
     memory = [axis for loop in layout.loops if not loop.reduced for axis in loop.axes]
-    own = [axis for axis in program.kept() if axis in memory]
-    if own == memory:
-        return None
-    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in own]
+    single = [axis for axis in program.kept() if axis not in memory]  # of one element
+    memory = [*single, *memory]
+    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in program.kept()]

@@ -98,6 +98,8 @@ def _columns(loops: list[Loop], lengths: list[int]) -> int:
     last = len(loops) - 1
     if not loops[last].reduced:
         return last - reduced[-1]
-    if lengths[last] < SHORT and len(reduced) > 1 and reduced[-2] < last - 1:
-        return last - reduced[-2]
-    return 0
+    if lengths[last] >= SHORT or len(reduced) < 2 or reduced[-2] == last - 1:
+        return 0
+    along_rows = {number for i in reduced[:-1] for number in loops[i].tensors}
+    along_columns = {number for loop in loops[reduced[-2] + 1 :] for number in loop.tensors}
+    return 0 if along_rows & along_columns else last - reduced[-2]

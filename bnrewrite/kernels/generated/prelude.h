@@ -82,7 +82,7 @@ typedef acc half_vec __attribute__((vector_size(W / 2 * sizeof(acc))));
 typedef double eight __attribute__((vector_size(64)));
 
 // The sum of the lanes and a rest, in double precision.
-inline double total(vec lanes, acc rest) {
+inline double total(vec lanes, double rest) {
   half_vec halves[2];
   std::memcpy(halves, &lanes, sizeof lanes);
   eight sums = __builtin_convertvector(halves[0], eight) + __builtin_convertvector(halves[1], eight);
@@ -118,20 +118,31 @@ inline void each_summed(int64_t begin, int64_t end, Body body) {
   for (; j < end; ++j) body(acc{}, j, std::integral_constant<int, 0>{});
 }
 
-// Adds a number or vector to a sum.
+// Adds a number or vector to a sum; single numbers may be many, where rows are short.
 template <class V>
-inline void add(slots &lanes, acc &rest, V value, int slot) {
+inline void add(slots &lanes, double &rest, V value, int slot) {
   if constexpr (std::is_same_v<V, vec>) lanes[slot] += value;
   else rest += value;
 }
 
-inline double total(const slots &lanes, acc rest) {
+inline double total(const slots &lanes, double rest) {
   return total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), rest);
 }
 
-inline void clear(slots &lanes, acc &rest) {
+inline void clear(slots &lanes, double &rest) {
   for (int i = 0; i < SLOTS; ++i) lanes[i] = vec{};
   rest = 0;
+}
+
+// What is subtracted before sums are taken: inf would make NaN of every number.
+inline acc pivot_at(double mean) {
+  return std::isfinite(acc(mean)) ? acc(mean) : acc(0);
+}
+
+// The mean of two parts that are `distance` apart, the second one of which has this share; an
+// infinite one stays infinite.
+inline double between(double mean, double block, double distance, double share) {
+  return std::isfinite(distance) ? mean + distance * share : mean * (1 - share) + block * share;
 }
 
 // Adds the moments of a block, which are sums of d = x - pivot, to those of a group.
@@ -140,7 +151,7 @@ inline void merge(double &count, double &mean, double &spread, double n, double 
   double block = pivot + sum / n;
   double distance = block - mean;
   double both = count + n;
-  mean += distance * (n / both);
+  mean = between(mean, block, distance, n / both);
   spread += (squares - sum * (sum / n)) + distance * distance * (count * (n / both));
   count = both;
 }

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernel import Kernel, Order
 from .reference import reference
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -31,11 +34,8 @@ def forward(
     kernel.run(kernel.forward, [x, residual, y, moments, new, *dense])
     if not kernel.updates:
         return y, moments, ()
-    updates = tuple(new.clone().unbind())
-    if kernel.kept is not None:
-        sizes, places = kernel.kept
-        updates = tuple(update.view(sizes).permute(places) for update in updates)
-    return y, moments, updates
+    sizes, places = kernel.kept
+    return y, moments, tuple(update.clone().view(sizes).permute(places) for update in new)
 
 
 class Recorded(torch.autograd.Function):
@@ -62,7 +62,7 @@ class Recorded(torch.autograd.Function):
         kernel, needed = ctx.kernel, ctx.needs_input_grad[2:]
         x, moments, y, *given = ctx.saved_tensors
         dy = cotangents[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not are_plain(dy):
             return (None, None, *of_reference(ctx.text, [x, *given], needed, dy))
         dy = _like(dy, x)
         tensors = given[: len(kernel.orders)]
@@ -81,16 +81,38 @@ class Recorded(torch.autograd.Function):
         return (None, None, *found, *([dresidual] if kernel.residual else []))
 
 
+def are_plain(*given: Tensor) -> bool:
+    """Whether nothing must see the operations, and numbers are where their addresses say."""
+    if (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        for tensor in given
+    )
+
+
 def of_reference(
     text: str, given: Sequence[Tensor | None], needed: Sequence[bool], cotangent: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated any number of times."""
     x, *tensors = given
     assert x is not None
-    wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need]
+    wanted = [
+        tensor for tensor, need in zip(given, needed, strict=True) if need and tensor is not None
+    ]
     filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
-    y = reference(text, x, filled, updates=False)[0]
-    made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=True, allow_unused=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = reference(text, x, filled, updates=False)[0]
+    made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
     return [next(made) if need else None for need in needed]
 
 

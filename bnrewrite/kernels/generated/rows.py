@@ -109,20 +109,20 @@ def _moments(source: Source, reduced: list[int]) -> list[str]:
         first = [
             "    acc pivot = load<acc>(x + base);",
             "    {",
-            "      slots lanes{}; acc rest = 0;",
+            "      slots lanes{}; double rest = 0;",
             "      const int64_t end = length < BLOCK ? length : BLOCK;",
             "      each_summed(0, end, [&](auto tag, int64_t j, auto slot) {",
             "        using V = decltype(tag);",
             "        add(lanes, rest, V(load<V>(x + base + j) - pivot), slot);",
             "      });",
-            "      pivot += acc(total(lanes, rest) / end);",
+            "      pivot = pivot_at(pivot + total(lanes, rest) / end);",
             "    }",
         ]
     adds = [] if zero else ["add(lanes, rest, d, slot);"]
     flush = [
         "merge(count, mean, spread, n, pivot, total(lanes, rest), total(squares, rest2));",
         "clear(lanes, rest); clear(squares, rest2); n = 0;",
-        "pivot = acc(mean);",
+        "pivot = pivot_at(mean);",
     ]
     if zero:
         flush = ["spread += total(squares, rest2); clear(squares, rest2); n = 0;"]
@@ -130,7 +130,7 @@ def _moments(source: Source, reduced: list[int]) -> list[str]:
         *first,
         "    double count = 0, mean = 0, spread = 0;",
         "    {",
-        "      slots lanes{}, squares{}; acc rest = 0, rest2 = 0; int64_t n = 0;",
+        "      slots lanes{}, squares{}; double rest = 0, rest2 = 0; int64_t n = 0;",
         "      (void)lanes; (void)rest; (void)count; (void)mean;",
         "      for (int64_t row = 0; row < outer; ++row) {",
         *decode(reduced, "row", "        "),
@@ -208,7 +208,7 @@ def _backward(source: Source) -> list[str]:
         *indented(source.coefficients(), 6),
         *[f"      const acc {name} = acc({name}_);" for name in source.names()],
         *[f"      double {s.symbol} = 0;" for s, _ in group_sums],
-        *[f"      slots {name}{{}}; acc {name}_rest = 0;" for name in lane],
+        *[f"      slots {name}{{}}; double {name}_rest = 0;" for name in lane],
         "      int64_t n = 0; (void)n;",
         "      for (int64_t row = 0; row < outer; ++row) {",
         *decode(reduced, "row", "        "),

@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -34,7 +35,7 @@ struct Order {
 };
 
 struct Kernel {
-  Numbers shape, strides, dtypes; // of x; of x and the tensors
+  Numbers shape, strides, counts, dtypes; // of x; of x and the tensors
   Function forward, backward;
   bool copies, residual;
   Numbers loops;
@@ -69,6 +70,23 @@ int64_t threads(const Kernel &kernel) {
   return std::min<int64_t>(at::get_num_threads(), (kernel.elements + SMALL - 1) / SMALL);
 }
 
+// Whether a tensor is what it seems: nobody looks on, and its numbers lie in this memory.
+bool is_plain(const Tensor &tensor) {
+  constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView}) |
+                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                        c10::autocast_dispatch_keyset;
+  const bool watched = (tensor.key_set() - plain).highestFunctionalityKey() != c10::DispatchKey::Undefined;
+  return !watched && !tensor._fw_grad(0).defined();
+}
+
+// Whether something must see the operations: a mode, a transform, a trace.
+bool is_observed() {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         local.included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         local.included_.has(c10::DispatchKey::Tracer);
+}
+
 // y, then the updates; the moments.
 std::pair<variable_list, Tensor> run(const Kernel &kernel, const Tensor &x, const variable_list &given) {
   Tensor y = at::empty_like(x, x.options().dtype(kernel.result));
@@ -89,7 +107,7 @@ std::pair<variable_list, Tensor> run(const Kernel &kernel, const Tensor &x, cons
   Tensor news = both.narrow(0, kernel.saved, kernel.updates).clone();
   for (int64_t i = 0; i < kernel.updates; ++i) {
     Tensor one = news.select(0, i);
-    made.push_back(kernel.kept.sizes.empty() ? one : one.view(kernel.kept.sizes).permute(kernel.kept.places));
+    made.push_back(one.view(kernel.kept.sizes).permute(kernel.kept.places));
   }
   return {made, both.narrow(0, 0, kernel.saved)};
 }
@@ -153,7 +171,7 @@ struct Norm : torch::autograd::Function<Norm> {
     if (!cotangents[0].defined()) return result;
     std::vector<bool> needed(given);
     for (size_t i = 0; i < given; ++i) needed[i] = context->needs_input_grad(i);
-    if (c10::GradMode::is_enabled()) {
+    if (c10::GradMode::is_enabled() || is_observed() || !is_plain(cotangents[0])) {
       variable_list inputs{x};
       inputs.insert(inputs.end(), saved.begin() + 3, saved.end());
       variable_list found = of_reference(kernel, inputs, needed, cotangents[0]);
@@ -191,24 +209,16 @@ const Kernel *find(const std::vector<std::unique_ptr<Kernel>> &kernels, const va
     bool same = x.sizes() == at::IntArrayRef(kernel->shape) && x.strides() == at::IntArrayRef(kernel->strides);
     same = same && given.size() == kernel->dtypes.size();
     for (size_t i = 0; same && i < given.size(); ++i)
-      same = int64_t(given[i].scalar_type()) == kernel->dtypes[i];
+      same = int64_t(given[i].scalar_type()) == kernel->dtypes[i] && given[i].numel() == kernel->counts[i];
+    if (same && kernel->residual) same = given.back().sizes() == x.sizes();
     if (same) return kernel.get();
   }
   return nullptr;
 }
 
-// Whether a tensor is what it seems: nobody looks on, and its numbers lie in this memory.
-bool is_plain(const Tensor &tensor) {
-  constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView}) |
-                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                        c10::autocast_dispatch_keyset;
-  const bool watched = (tensor.key_set() - plain).highestFunctionalityKey() != c10::DispatchKey::Undefined;
-  return !watched && !tensor._fw_grad(0).defined();
-}
-
 PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) Py_RETURN_NONE;
+  if (is_observed()) Py_RETURN_NONE;
   const auto &kernels = programs[PyLong_AsSize_t(arguments[0])];
   variable_list given;
   given.reserve(count - 1);
@@ -256,7 +266,7 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
   };
   auto kernel = std::make_unique<Kernel>();
   kernel->reference = Py_NewRef(arguments[1]);
-  kernel->shape = list(), kernel->strides = list(), kernel->dtypes = list();
+  kernel->shape = list(), kernel->strides = list(), kernel->counts = list(), kernel->dtypes = list();
   const Numbers plain = list();
   kernel->forward = reinterpret_cast<Function>(plain[0]);
   kernel->backward = reinterpret_cast<Function>(plain[1]);

@@ -103,8 +103,8 @@ def _register(text: str, kernel: Kernel, like: Sequence[Tensor]) -> None:
         DTYPES[kernel.result], len(kernel.orders),
     ]  # fmt: skip
     lists = [
-        x.shape, x.stride(), [DTYPES[t.dtype] for t in like], plain, kernel.loops, kernel.extents,
-        kernel.free, kernel.used, *(kernel.kept or ([], [])),
+        x.shape, x.stride(), [t.numel() for t in like], [DTYPES[t.dtype] for t in like], plain, kernel.loops, kernel.extents,
+        kernel.free, kernel.used, *kernel.kept,
     ]  # fmt: skip
     for order in kernel.orders:
         lists += order or ([], [])

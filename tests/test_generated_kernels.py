@@ -1,0 +1,226 @@
+"""Kernels printed from formulas: every kind, layout and dtype against the formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import LAYOUTS, PROGRAMS, by_reference, compare, draw
+from torch import Tensor
+
+from bnrewrite.kernels.generated import call, norm, norm_with_updates
+from bnrewrite.kernels.generated.program import parse
+
+SHAPES = {3: (3, 5, 37), 4: (3, 8, 5, 7)}
+DTYPES = (torch.float64, torch.bfloat16, torch.float16)
+SOME = ("batch relu", "group", "layer", "layer of channels", "running")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """So many, however small a tensor is."""
+    monkeypatch.setattr(call, "SMALL", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def rank(kind: str) -> int:
+    return len(parse(PROGRAMS[kind]).dims)
+
+
+def has_kernel(text: str, x: Tensor, *tensors: Tensor) -> bool:
+    return call._kernel(text, x, tensors) is not None
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_values_and_gradients(kind: str, threads: int) -> None:
+    problem = draw(PROGRAMS[kind], SHAPES[rank(kind)])
+    assert has_kernel(problem.text, problem.x.float(), *[t.float() for t in problem.tensors])
+    assert compare(problem, norm_with_updates, torch.float32) == []
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+@pytest.mark.parametrize("kind", ["batch relu", "group", "layer", "layer of two axes", "residual"])
+def test_layouts(kind: str, layout: str, threads: int) -> None:
+    problem = draw(PROGRAMS[kind], SHAPES[rank(kind)], layout)
+    assert compare(problem, norm_with_updates, torch.float32) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", SOME)
+def test_dtypes(kind: str, dtype: torch.dtype) -> None:
+    for layout in ("contiguous", "second axis inside")[: 1 + (kind == "group")]:
+        problem = draw(PROGRAMS[kind], SHAPES[rank(kind)], layout)
+        assert compare(problem, norm_with_updates, dtype) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("layer", (2, 1, 5000)),  # rows longer than a block
+        ("layer", (1, 1, 1)),
+        ("layer", (4, 3, 1)),
+        ("layer", (700, 2, 17)),  # more groups than are added up in single precision
+        ("batch", (300, 3, 1, 1)),  # columns
+        ("batch", (2, 1, 60, 50)),
+        ("instance", (1, 1, 1, 1)),
+        ("group", (2, 8, 1, 1)),
+        ("layer of channels", (2, 300, 1, 5)),
+    ],
+)
+def test_sizes(kind: str, shape: tuple[int, ...], threads: int) -> None:
+    assert compare(draw(PROGRAMS[kind], shape), norm_with_updates, torch.float32) == []
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.integers(2, 70), min_size=3, max_size=3),
+    inside=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kind=st.sampled_from(["layer", "batch relu"]),
+)
+def test_drawn_sizes(sizes: list[int], inside: bool, dtype: torch.dtype, kind: str) -> None:
+    shape = [*sizes, 3][: rank(kind)]
+    layout = "second axis inside" if inside and kind == "batch relu" else "contiguous"
+    assert compare(draw(PROGRAMS[kind], shape, layout), norm_with_updates, dtype) == []
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_derivatives(kind: str) -> None:
+    """First and second ones, of what the kernels make in float64."""
+    text = PROGRAMS[kind]
+    problem = draw(text, (2, 3, 5) if rank(kind) == 3 else (2, 8, 2, 2))
+    noise = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(3)).double() / 64
+    x = (problem.x + noise).requires_grad_()  # nothing lies where relu bends
+    free = [t.requires_grad_(i not in parse(text).fixed) for i, t in enumerate(problem.tensors)]
+    torch.autograd.gradcheck(lambda *given: norm(text, *given), (x, *free))
+    torch.autograd.gradgradcheck(lambda *given: norm(text, *given), (x, *free))
+
+
+def test_a_step_with_and_without_a_graph_is_the_same() -> None:
+    problem = draw(PROGRAMS["batch relu"], (3, 8, 5, 7))
+    x = problem.x.float().requires_grad_()
+    y = norm(problem.text, x, *[t.float() for t in problem.tensors])
+    found = [
+        torch.autograd.grad(y, x, problem.cotangent.float(), retain_graph=True, create_graph=c)[0]
+        for c in (False, True)
+    ]
+    assert found[1].requires_grad and not found[0].requires_grad
+    torch.testing.assert_close(found[0], found[1].detach())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "second axis inside"])
+def test_the_variance_of_numbers_far_from_zero(layout: str) -> None:
+    text = f"{PROGRAMS['batch']}; u0 = M; u1 = V"
+    x = LAYOUTS[layout](torch.randn(8, 8, 30, 30) + 4096)
+    one = torch.ones(8)
+    _, mean, variance = norm_with_updates(text, x, one, one)
+    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert (variance / exact[0] - 1).abs().max() < 1e-5
+    assert (mean - exact[1]).abs().max() <= torch.finfo(torch.float32).eps * 4096
+
+
+STRANGE = {
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "-inf": -float("inf"),
+    "zero": 0.0,
+    "huge": 1e25,
+    "tiny": 1e-25,
+}
+
+
+@pytest.mark.parametrize("place", ["group", "element"])
+@pytest.mark.parametrize("value", STRANGE)
+@pytest.mark.parametrize("kind", ["layer", "mean square", "running", "length", "deviation"])
+def test_exceptional_values(kind: str, value: str, place: str) -> None:
+    """NaN and inf are where the formula by torch's operations has them."""
+    problem = draw(PROGRAMS[kind], SHAPES[rank(kind)])
+    x = problem.x.clone()
+    (x[:, 1] if place == "group" else x[1, 1].view(-1)[2:3]).fill_(STRANGE[value])
+    for step in (norm_with_updates, by_reference):
+        found = [type(problem)(problem.text, x, problem.tensors, problem.cotangent)]
+        runs = [each.run(step, torch.float32) for each in found]
+        if step is norm_with_updates:
+            mine = runs[0]
+    for name, value_ in runs[0].items():
+        if name == "gradient of x" and value in ("huge", "tiny"):
+            continue  # beside 1e25 what one rounding makes of a sum is as large as the sum
+        assert (mine[name].isnan() == value_.isnan()).all(), name
+        assert (mine[name].isinf() == value_.isinf()).all(), name
+
+
+def test_infinite_means_stay_infinite() -> None:
+    """As ``mean`` has them: buffers take them."""
+    text = "x[n c h w] over n h w; centre = M; scale = 1; u0 = M"
+    for layout in ("contiguous", "second axis inside"):
+        x = torch.randn(4, 6, 11, 30)
+        x[1, 0, 2, 2] = x[3, 1, 10, 10] = torch.inf
+        x[0, 2, 0, 0] = -torch.inf
+        x[0, 3, 0, 0], x[1, 3, 0, 0] = torch.inf, -torch.inf
+        x[2, 4, 0, 0] = torch.nan
+        x = LAYOUTS[layout](x)
+        y, mean = norm_with_updates(text, x)
+        torch.testing.assert_close(mean, x.mean((0, 2, 3)), equal_nan=True)
+        torch.testing.assert_close(y, x - x.mean((0, 2, 3), keepdim=True), equal_nan=True)
+
+
+def test_two_forwards_before_a_backward_and_buffers_that_change_between() -> None:
+    problem = draw(PROGRAMS["running"], (3, 8, 5, 7))
+    results = []
+    for function in (norm_with_updates, by_reference):
+        x = problem.x.float().requires_grad_()
+        tensors = [t.float() for t in problem.tensors]
+        outputs = []
+        for _ in range(2):
+            y, *updates = function(problem.text, x, *tensors)
+            outputs.append(y)
+            tensors[2:] = (
+                [t.clone() for t in tensors[2:]] if function is by_reference else tensors[2:]
+            )
+            for buffer, new in zip(tensors[2:], updates, strict=True):
+                assert not new.requires_grad
+                buffer.copy_(new)
+        results.append(torch.autograd.grad(outputs[0] * outputs[1], x, problem.cotangent.float()))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_updates_have_the_kept_axes_and_their_own_memory() -> None:
+    text = f"{PROGRAMS['instance']}; u0 = M; u1 = V"
+    problem = draw(text, (3, 8, 5, 7), "second axis inside")
+    x, *tensors = (t.float() for t in (problem.x, *problem.tensors))
+    _, mean, variance = norm_with_updates(text, x, *tensors)
+    torch.testing.assert_close(mean, x.mean((2, 3)))
+    before = variance.clone()
+    mean.zero_()
+    assert torch.equal(variance, before)
+
+
+def test_what_has_no_kernel_runs_by_operations() -> None:
+    text, x = PROGRAMS["layer"], torch.randn(3, 5, 37)
+    one = torch.ones(37)
+    expected = norm(text, x, one, one)
+    assert norm(text, x.to("meta"), one.to("meta"), one.to("meta")).is_meta
+    negated = torch._neg_view(-x)
+    torch.testing.assert_close(norm(text, negated, one, one), expected)
+    torch.testing.assert_close(norm(text, x, torch._neg_view(-one), one), expected)
+    assert norm(text, x[:0], one, one).shape == (0, 5, 37)
+    with pytest.raises(RuntimeError, match="invalid for input of size 3"):
+        norm(text, x, torch.ones(3), one)
+
+
+def test_cotangents_in_another_layout() -> None:
+    text, x = PROGRAMS["layer"], torch.randn(3, 5, 37, requires_grad=True)
+    weight, bias = torch.ones(37), torch.zeros(37)
+    y = norm(text, x, weight, bias)
+    cotangent = torch.randn(37, 5, 3).permute(2, 1, 0)
+    (mine,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
+    torch.testing.assert_close(mine, torch.autograd.grad(y, x, cotangent.contiguous())[0])
+    y = norm(text, x, weight, bias)
+    (mine,) = torch.autograd.grad(y.sum(), x)
+    assert mine.abs().max() < 1e-5  # a norm's outputs add up to a constant
