@@ -323,12 +323,14 @@ def _of_reference(
     text: str, given: Sequence[Tensor | None], needed: Sequence[bool], cotangent: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated any number of times."""
-    x, *tensors = given
-    wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need]
-    assert x is not None
-    filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # by other names: x may be made of the same weight, which is no way that counts here
+        given = [None if t is None else t.view_as(t) for t in given]
+        x, *tensors = given
+        assert x is not None
+        filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
         y = reference(text, x, filled, updates=False)[0]
+    wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need]
     made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
     return [next(made) if need else None for need in needed]
