@@ -110,7 +110,7 @@ def test_a_step_with_and_without_a_graph_is_the_same() -> None:
         torch.autograd.grad(y, x, problem.cotangent.float(), retain_graph=True, create_graph=c)[0]
         for c in (False, True)
     ]
-    assert found[1].requires_grad and not found[0].requires_grad
+    assert [each.requires_grad for each in found] == [False, True]
     torch.testing.assert_close(found[0], found[1].detach())
 
 
@@ -180,7 +180,9 @@ def test_two_forwards_before_a_backward_and_buffers_that_change_between() -> Non
         for _ in range(2):
             y, *updates = function(problem.text, x, *tensors)
             outputs.append(y)
-            tensors[2:] = [t.clone() for t in tensors[2:]] if function is by_reference else tensors[2:]
+            tensors[2:] = (
+                [t.clone() for t in tensors[2:]] if function is by_reference else tensors[2:]
+            )
             for buffer, new in zip(tensors[2:], updates, strict=True):
                 assert not new.requires_grad
                 buffer.copy_(new)

@@ -211,9 +211,7 @@ def _order(
     return [sizes[axis] for axis in present], [present.index(axis) for axis in wanted]
 
 
-def _kept(
-    program: Program, layout: Layout, sizes: dict[str, int]
-) -> tuple[list[int], list[int]]:
+def _kept(program: Program, layout: Layout, sizes: dict[str, int]) -> tuple[list[int], list[int]]:
     memory = [axis for loop in layout.loops if not loop.reduced for axis in loop.axes]
     single = [axis for axis in program.kept() if axis not in memory]  # of one element
     memory = [*single, *memory]
@@ -331,6 +329,7 @@ def _of_reference(
         assert x is not None
         filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
         y = reference(text, x, filled, updates=False)[0]
-    wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need]
+    pairs = zip(given, needed, strict=True)
+    wanted = [tensor for tensor, need in pairs if need and tensor is not None]
     made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
     return [next(made) if need else None for need in needed]

@@ -19,7 +19,6 @@ import sympy
 
 from .program import M, Term, V, parse
 
-
 Slope = tuple[int, sympy.Expr]
 
 

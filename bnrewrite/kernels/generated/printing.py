@@ -136,9 +136,8 @@ class Source:
     def signature(self, name: str, arguments: Iterable[str]) -> str:
         """The head of a function, and the lengths of its loops."""
         loops = range(len(self.layout.loops))
-        lines = [
-            f'extern "C" void {name}({", ".join(arguments)}, const int64_t *size, int64_t threads) {{'
-        ]
+        given = ", ".join([*arguments, "const int64_t *size", "int64_t threads"])
+        lines = [f'extern "C" void {name}({given}) {{']
         lines += [f"  const int64_t n{i} = size[{i}];" for i in loops]
         lines += [
             f"  const int64_t s{i} = {' * '.join([f'n{j}' for j in loops if j > i]) or '1'};"

@@ -35,7 +35,7 @@ Ms, Vs = sympy.Symbol("Ms", real=True), sympy.Symbol("Vs", nonnegative=True)
 N = sympy.Symbol("N", positive=True)
 
 
-class Larger(sympy.Function):
+class Larger(sympy.Function):  # type: ignore[misc]
     """``max(a, bound)``, whose gradient goes to ``a`` where ``a >= bound``, as ``clamp`` has it."""
 
     def fdiff(self, argindex: int = 1) -> Any:
@@ -45,7 +45,7 @@ class Larger(sympy.Function):
         return AtLeast(*self.args)
 
 
-class AtLeast(sympy.Function):
+class AtLeast(sympy.Function):  # type: ignore[misc]
     """One where ``a >= bound``, else zero."""
 
     def fdiff(self, argindex: int = 1) -> Any:
@@ -53,7 +53,7 @@ class AtLeast(sympy.Function):
         return sympy.Integer(0)
 
 
-class Root(sympy.Function):
+class Root(sympy.Function):  # type: ignore[misc]
     """``sqrt(a)`` as ``norm`` and ``std`` have it: their gradient is zero at zero."""
 
     def fdiff(self, argindex: int = 1) -> Any:
@@ -61,7 +61,7 @@ class Root(sympy.Function):
         return InverseRoot(self.args[0]) / 2
 
 
-class InverseRoot(sympy.Function):
+class InverseRoot(sympy.Function):  # type: ignore[misc]
     """``1 / sqrt(a)``, zero at zero."""
 
     def fdiff(self, argindex: int = 1) -> Any:
