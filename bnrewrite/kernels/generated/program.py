@@ -58,7 +58,8 @@ class Root(sympy.Function):  # type: ignore[misc]
 
     def fdiff(self, argindex: int = 1) -> Any:
         """One over twice the root, or zero at zero."""
-        return InverseRoot(self.args[0]) / 2
+        slope: Any = InverseRoot(self.args[0])
+        return slope / 2
 
 
 class InverseRoot(sympy.Function):  # type: ignore[misc]
@@ -179,7 +180,7 @@ def parse(text: str) -> Program:
     inner = {symbols[f"t{i}"] for i, axes in enumerate(tensors) if not over.isdisjoint(axes)}
 
     def read(expression: str) -> sympy.Expr:
-        return sympy.sympify(expression, locals=symbols)
+        return sympy.parse_expr(expression, local_dict=symbols)
 
     centre, scale, shift = (read(named[name]) for name in ("centre", "scale", "shift"))
     used = centre.free_symbols | scale.free_symbols | shift.free_symbols
