@@ -86,7 +86,7 @@ def compiled(text: str, flags: Sequence[str], name: str, links: Sequence[str] = 
 
 
 def folder() -> Path:
-    """Where compiled files are kept: ``BNREWRITE_CACHE``, the virtual environment, the user's cache.
+    """Where files are kept: ``BNREWRITE_CACHE``, the virtual environment, the user's cache.
 
     Raises:
         NoCompiler: it cannot be made or written to, or others may write to it.

@@ -27,18 +27,14 @@ def norm(text: str, x: Tensor, *tensors: Tensor) -> Tensor:
         tensors: t0, t1, ... with their elements in the order of their axes, and after them the
             residual, where the program adds one.
     """
-    made = runtime.call(text, x, tensors)
-    if made is None:
-        return _run(text, x, tensors)[0]
-    return made
+    made: Tensor | None = runtime.call(text, x, tensors)
+    return _run(text, x, tensors)[0] if made is None else made
 
 
 def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """``y`` of a program, and its updates: along the kept axes, in the dtype of the moments."""
-    made = runtime.call(text, x, tensors)
-    if made is None:
-        return _run(text, x, tensors)
-    return made
+    made: tuple[Tensor, ...] | None = runtime.call(text, x, tensors)
+    return _run(text, x, tensors) if made is None else made
 
 
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

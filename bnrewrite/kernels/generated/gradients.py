@@ -66,7 +66,7 @@ def gradients(text: str) -> Gradients:
             sums[key] = Sum(element, degree, sympy.Symbol(f"S{len(sums)}", real=True))
         return sums[key].symbol
 
-    found = dict.fromkeys(variables, sympy.Integer(0))
+    found: dict[sympy.Symbol, sympy.Expr] = {}
     for variable in variables:
         parts = []
         for degree, terms in ((1, program.scale), (0, program.shift)):

@@ -23,11 +23,11 @@ class Unprintable(Exception):
 class _Groups(CXX17CodePrinter):  # type: ignore[misc]
     """Expressions of a group, in double precision."""
 
-    def _print_Pow(self, value: Any) -> str:
-        base, power = value.args
+    def _print_Pow(self, expr: Any) -> str:
+        base, power = expr.args
         whole = sympy.floor(abs(power)) if power.is_Rational else None
         if whole is None or whole > 4 or power.q > 2:
-            return str(super()._print_Pow(value))
+            return str(super()._print_Pow(expr))
         base = self._print(base)
         factors = [f"({base})"] * int(whole) + [f"std::sqrt({base})"] * (power.q == 2)
         product = " * ".join(factors)
@@ -49,23 +49,23 @@ class _Groups(CXX17CodePrinter):  # type: ignore[misc]
 class _Elements(CXX17CodePrinter):  # type: ignore[misc]
     """Sums, products and quotients of elements, in the precision that the kernel computes in."""
 
-    def _print_Integer(self, value: Any) -> str:
-        return f"acc({int(value)})"
+    def _print_Integer(self, expr: Any) -> str:
+        return f"acc({int(expr)})"
 
-    def _print_Float(self, value: Any) -> str:
-        return f"acc({float(value)!r})"
+    def _print_Float(self, flt: Any) -> str:
+        return f"acc({float(flt)!r})"
 
-    def _print_Rational(self, value: Any) -> str:
-        return f"acc({float(value)!r})"
+    def _print_Rational(self, expr: Any) -> str:
+        return f"acc({float(expr)!r})"
 
-    def _print_Pow(self, value: Any) -> str:
-        base, power = value.args
+    def _print_Pow(self, expr: Any) -> str:
+        base, power = expr.args
         if not power.is_Integer or power == 0:
             raise Unprintable("a power inside a group")
         product = " * ".join([f"({self._print(base)})"] * abs(int(power)))
         return f"({product})" if power > 0 else f"(acc(1) / ({product}))"
 
-    def _print_Function(self, value: Any) -> str:
+    def _print_Function(self, expr: Any) -> str:
         raise Unprintable("a function inside a group")
 
     _print_Larger = _print_AtLeast = _print_Root = _print_InverseRoot = _print_Function
@@ -165,8 +165,8 @@ class Source:
         given = [(f"const {t}", f"p{i}") for i, t in enumerate(tensors)]
         wanted = [(tensors[i], f"q{i}") for i in self.free()]
         return [
-            (f"const {y}", "dy"), (f"const {x}", "x"), (f"const {y}", "y"), ("const acc", "moments"),
-            (x, "dx"), (x, "dresidual"), *given, *wanted,
+            (f"const {y}", "dy"), (f"const {x}", "x"), (f"const {y}", "y"),
+            ("const acc", "moments"), (x, "dx"), (x, "dresidual"), *given, *wanted,
         ]  # fmt: skip
 
     def index(self, number: int, names: dict[int, str] | None = None, *, without: int = -1) -> str:

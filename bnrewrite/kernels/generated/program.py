@@ -36,7 +36,7 @@ Ms, Vs = sympy.Symbol("Ms", real=True), sympy.Symbol("Vs", nonnegative=True)
 N = sympy.Symbol("N", positive=True)
 
 
-class Larger(sympy.Function):
+class Larger(sympy.Function):  # type: ignore[misc]
     """``max(a, bound)``, whose gradient goes to ``a`` where ``a >= bound``, as ``clamp`` has it."""
 
     def fdiff(self, argindex: int = 1) -> Any:
@@ -46,7 +46,7 @@ class Larger(sympy.Function):
         return AtLeast(*self.args)
 
 
-class AtLeast(sympy.Function):
+class AtLeast(sympy.Function):  # type: ignore[misc]
     """One where ``a >= bound``, else zero."""
 
     def fdiff(self, argindex: int = 1) -> Any:
@@ -54,15 +54,16 @@ class AtLeast(sympy.Function):
         return sympy.Integer(0)
 
 
-class Root(sympy.Function):
+class Root(sympy.Function):  # type: ignore[misc]
     """``sqrt(a)`` as ``norm`` and ``std`` have it: their gradient is zero at zero."""
 
     def fdiff(self, argindex: int = 1) -> Any:
         """One over twice the root, or zero at zero."""
-        return InverseRoot(self.args[0]) / 2
+        slope: Any = InverseRoot(self.args[0])
+        return slope / 2
 
 
-class InverseRoot(sympy.Function):
+class InverseRoot(sympy.Function):  # type: ignore[misc]
     """``1 / sqrt(a)``, zero at zero."""
 
     def fdiff(self, argindex: int = 1) -> Any:
@@ -185,7 +186,7 @@ def parse(text: str) -> Program:
     inner = {symbols[f"t{i}"] for i, axes in enumerate(tensors) if not over.isdisjoint(axes)}
 
     def read(expression: str) -> sympy.Expr:
-        return sympy.sympify(expression, locals=symbols)
+        return sympy.parse_expr(expression, local_dict=symbols)
 
     centre, scale, shift = (read(named[name]) for name in ("centre", "scale", "shift"))
     used = centre.free_symbols | scale.free_symbols | shift.free_symbols

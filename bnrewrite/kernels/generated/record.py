@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from .kernel import Kernel, Order
@@ -85,7 +86,7 @@ def are_plain(*given: Tensor) -> bool:
     """Whether nothing must see the operations, and numbers are where their addresses say."""
     if (
         forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     ):
@@ -103,15 +104,16 @@ def of_reference(
     text: str, given: Sequence[Tensor | None], needed: Sequence[bool], cotangent: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated any number of times."""
-    x, *tensors = given
-    assert x is not None
-    wanted = [
-        tensor for tensor, need in zip(given, needed, strict=True) if need and tensor is not None
-    ]
-    filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # by other names: x may be made of the same weight, which is no way that counts here
+        given = [None if t is None else t.view_as(t) for t in given]
+        x, *tensors = given
+        assert x is not None
+        filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
         y = reference(text, x, filled, updates=False)[0]
+    pairs = zip(given, needed, strict=True)
+    wanted = [tensor for tensor, need in pairs if need and tensor is not None]
     made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
     return [next(made) if need else None for need in needed]
 

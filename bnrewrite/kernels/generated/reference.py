@@ -32,7 +32,7 @@ _FUNCTIONS: dict[str, Any] = {
 def reference(
     text: str, x: Tensor, tensors: Sequence[Tensor], *, updates: bool = True
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Y and the updates of a program.
+    """The y and the updates of a program.
 
     Args:
         text: the program.

@@ -173,10 +173,11 @@ def _backward(source: Source) -> list[str]:
     of_group = [i for i in tensors.of_group if i in free]
     by_rows = bool(tensors.of_row)
     scale, shift = source.affine()
-    lane = [name for name in sums.lanes.values()]
+    lane = list(sums.lanes.values())
     read = _read(source, scale, shift)
     adds = [
-        f"add({name}, {name}_rest, V({' * '.join([*(['(' + key + ')'] if key else []), 'gu' if degree else 'g'])}), slot);"
+        f"add({name}, {name}_rest,"
+        f" V({' * '.join([*(['(' + key + ')'] if key else []), 'gu' if degree else 'g'])}), slot);"
         for (key, degree), name in sums.lanes.items()
     ]
     adds += [
@@ -192,14 +193,19 @@ def _backward(source: Source) -> list[str]:
     lines = [
         source.signature("backward", source.backward_arguments()),
         *_groups(source),
-        *[f"  std::vector<double> k{i}(groups{' * outer' if i in by_row else ''});" for i in (*of_group, *by_row)],
+        *[f"  std::vector<double> k{i}(groups);" for i in of_group],
+        *[f"  std::vector<double> k{i}(groups * outer);" for i in by_row],
         *[f"  const int64_t size{i} = {sizes[i]};" for i in of_element],
         *[f"  std::vector<double> whole{i}(threads * size{i});" for i in of_element],
         "#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)",
         "  for (int64_t thread = 0; thread < threads; ++thread) {",
-        *[f"    std::vector<acc> part{i}(size{i}); acc *__restrict d{i} = part{i}.data();" for i in of_element],
+        *[
+            f"    std::vector<acc> part{i}(size{i}); acc *__restrict d{i} = part{i}.data();"
+            for i in of_element
+        ],
         "    int64_t waiting = 0; (void)waiting;",
-        "    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) / threads; ++group) {",
+        "    for (int64_t group = groups * thread / threads; group < groups * (thread + 1) /"
+        " threads; ++group) {",
         *indented(decode(source.layout.kept, "group", ""), 6),
         f"      const int64_t base = {offset(source.layout.kept)};",
         *indented(source.statistics("group", "groups"), 6),
@@ -248,7 +254,11 @@ def _backward(source: Source) -> list[str]:
             "      waiting += outer;",
             "      if (waiting >= ROWS || group + 1 == groups * (thread + 1) / threads) {",
             *indented(whole, 8),
-            *[f"        for (int64_t j = 0; j < size{i}; ++j) {{ to{i}[j] += d{i}[j]; d{i}[j] = 0; }}" for i in of_element],
+            *[
+                f"        for (int64_t j = 0; j < size{i}; ++j) {{"
+                f" to{i}[j] += d{i}[j]; d{i}[j] = 0; }}"
+                for i in of_element
+            ],
             "        waiting = 0;",
             "      }",
         ]  # fmt: skip
@@ -256,7 +266,8 @@ def _backward(source: Source) -> list[str]:
     for i in of_element:
         lines += [
             f"  for (int64_t j = 0; j < size{i}; ++j) {{",
-            f"    for (int64_t thread = 1; thread < threads; ++thread) whole{i}[j] += whole{i}[thread * size{i} + j];",
+            f"    for (int64_t thread = 1; thread < threads; ++thread) whole{i}[j] +="
+            f" whole{i}[thread * size{i} + j];",
             f"    store(q{i} + j, acc(whole{i}[j]));",
             "  }",
         ]

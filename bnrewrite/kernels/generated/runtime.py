@@ -26,13 +26,15 @@ from .kernel import Kernel
 from .record import of_reference
 
 SOURCE = Path(__file__).parent / "runtime.cpp"
+# Shape and strides of x; numbers of elements and dtypes of all tensors.
+Kinds = tuple[Sequence[int], Sequence[int], list[int], list[int]]
 DTYPES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 _log = logging.getLogger(__name__)
 _module: ModuleType | None = None
 _call: Any = None
 _programs: dict[str, int] = {}
-_waiting: list[tuple[str, Kernel, tuple[Tensor, ...]]] = []
+_waiting: list[tuple[str, Kernel, Kinds]] = []
 _lock = threading.Lock()
 _builder: threading.Thread | None = None
 
@@ -51,9 +53,9 @@ def add(text: str, kernel: Kernel, given: tuple[Tensor, ...]) -> None:
     )
     with _lock:
         if _module is not None:
-            _register(text, kernel, like)
+            _register(text, kernel, kinds)
             return
-        _waiting.append((text, kernel, like))
+        _waiting.append((text, kernel, kinds))
         if _builder is None:
             _builder = threading.Thread(target=_build_quietly, daemon=True)
             _builder.start()
@@ -92,18 +94,17 @@ def _build_quietly() -> None:
         _log.info("kernels are called from Python: %s", reason)
 
 
-def _register(text: str, kernel: Kernel, like: Sequence[Tensor]) -> None:
+def _register(text: str, kernel: Kernel, kinds: Kinds) -> None:
     assert _module is not None
     if text not in _programs:
         _programs[text] = _module.program()
-    x = like[0]
     plain = [
         _address(kernel.forward), _address(kernel.backward), kernel.copies, kernel.residual,
         kernel.elements, kernel.groups, kernel.saved, kernel.updates, DTYPES[kernel.single],
         DTYPES[kernel.result], len(kernel.orders),
     ]  # fmt: skip
     lists = [
-        x.shape, x.stride(), [t.numel() for t in like], [DTYPES[t.dtype] for t in like], plain, kernel.loops, kernel.extents,
+        *kinds, plain, kernel.loops, kernel.extents,
         kernel.free, kernel.used, *kernel.kept,
     ]  # fmt: skip
     for order in kernel.orders:
