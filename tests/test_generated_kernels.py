@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from programs import LAYOUTS, PROGRAMS, by_reference, compare, draw
 from torch import Tensor
 
-from bnrewrite.kernels.generated import call, norm, norm_with_updates
+from bnrewrite.kernels.generated import kernel, norm, norm_with_updates
 from bnrewrite.kernels.generated.program import parse
 
 SHAPES = {3: (3, 5, 37), 4: (3, 8, 5, 7)}

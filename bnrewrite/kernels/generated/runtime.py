@@ -48,9 +48,8 @@ def call(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Any:
 def add(text: str, kernel: Kernel, given: tuple[Tensor, ...]) -> None:
     """Have the runtime call a kernel for tensors like these, now or once it is built."""
     global _builder
-    like = tuple(
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in given
-    )
+    x, counts = given[0], [t.numel() for t in given]
+    kinds: Kinds = (x.shape, x.stride(), counts, [DTYPES[t.dtype] for t in given])
     with _lock:
         if _module is not None:
             _register(text, kernel, kinds)
