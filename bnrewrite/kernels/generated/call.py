@@ -27,14 +27,13 @@ def norm(text: str, x: Tensor, *tensors: Tensor) -> Tensor:
         tensors: t0, t1, ... with their elements in the order of their axes, and after them the
             residual, where the program adds one.
     """
-    made: Tensor | None = runtime.call(text, x, tensors)
-    return _run(text, x, tensors)[0] if made is None else made
+    made = runtime.call(text, x, tensors) or _run(text, x, tensors)
+    return made[0]
 
 
 def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """``y`` of a program, and its updates: along the kept axes, in the dtype of the moments."""
-    made: tuple[Tensor, ...] | None = runtime.call(text, x, tensors)
-    return _run(text, x, tensors) if made is None else made
+    return runtime.call(text, x, tensors) or _run(text, x, tensors)
 
 
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

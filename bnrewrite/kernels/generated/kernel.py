@@ -36,7 +36,7 @@ class Kernel:
         copies: x has holes or repeats in memory, and is copied first.
         loops: the lengths of the loops.
         extents: of the axes.
-        elements: of x.
+        threads: how many are worth their start.
         groups: how many there are.
         saved: moments of each group.
         orders: for each tensor None, or the sizes of its axes and their order in memory.
@@ -54,7 +54,7 @@ class Kernel:
     copies: bool
     loops: list[int]
     extents: list[int]
-    elements: int
+    threads: int
     groups: int
     saved: int
     orders: tuple[Order | None, ...]
@@ -68,7 +68,7 @@ class Kernel:
 
     def run(self, function: Any, pointers: Sequence[Tensor | None]) -> None:
         """Call one of the functions."""
-        threads = min(torch.get_num_threads(), -(-self.elements // SMALL))
+        threads = min(torch.get_num_threads(), self.threads)
         given = (ctypes.c_void_p * len(pointers))(
             *(t.data_ptr() if t is not None else None for t in pointers)
         )
@@ -111,7 +111,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         copies=strides != x.stride(),
         loops=lengths,
         extents=list(sizes.values()),
-        elements=x.numel(),
+        threads=-(-x.numel() // SMALL),
         groups=math.prod(groups),
         saved=1 if program.about_zero else 2,
         orders=tuple(orders),

@@ -28,8 +28,6 @@ using torch::autograd::variable_list;
 using Numbers = std::vector<int64_t>;
 using Function = void (*)(void **, const double *, const int64_t *, int64_t);
 
-constexpr int64_t SMALL = 32768; // elements for which another thread is worth its start
-
 // A permutation that a tensor needs first; none where it has no sizes.
 struct Order {
   Numbers sizes, places;
@@ -41,7 +39,7 @@ struct Kernel {
   bool copies, residual;
   Numbers loops;
   std::vector<double> extents;
-  int64_t elements, groups, saved, updates;
+  int64_t threads, groups, saved, updates;
   at::ScalarType single, result;
   Order kept;
   std::vector<Order> orders;
@@ -72,9 +70,7 @@ Tensor like(const Tensor &tensor, const Tensor &x) {
   return tensor.strides() == x.strides() ? tensor : at::empty_like(x, tensor.options()).copy_(tensor);
 }
 
-int64_t threads(const Kernel &kernel) {
-  return std::min<int64_t>(at::get_num_threads(), (kernel.elements + SMALL - 1) / SMALL);
-}
+int64_t threads(const Kernel &kernel) { return std::min<int64_t>(at::get_num_threads(), kernel.threads); }
 
 // Whether a tensor is what it seems: nobody looks on, and its numbers lie in this memory.
 bool is_plain(const Tensor &tensor) {
@@ -82,7 +78,7 @@ bool is_plain(const Tensor &tensor) {
                                         c10::autograd_dispatch_keyset_with_ADInplaceOrView |
                                         c10::autocast_dispatch_keyset;
   const bool watched = (tensor.key_set() - plain).highestFunctionalityKey() != c10::DispatchKey::Undefined;
-  return !watched && !tensor._fw_grad(0).defined();
+  return !watched && tensor.is_cpu() && tensor.has_storage() && !tensor._fw_grad(0).defined();
 }
 
 // Whether something must see the operations: a mode, a transform, a trace.
@@ -250,7 +246,6 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
       made = run(*kernel, given[0], variable_list(given.begin() + 1, given.end())).first;
     }
   }
-  if (made.size() == 1) return THPVariable_Wrap(made[0]);
   PyObject *result = PyTuple_New(Py_ssize_t(made.size()));
   for (size_t i = 0; i < made.size(); ++i) PyTuple_SET_ITEM(result, Py_ssize_t(i), THPVariable_Wrap(made[i]));
   return result;
@@ -279,7 +274,7 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
   kernel->forward = reinterpret_cast<Function>(plain[0]);
   kernel->backward = reinterpret_cast<Function>(plain[1]);
   kernel->copies = plain[2] != 0, kernel->residual = plain[3] != 0;
-  kernel->elements = plain[4], kernel->groups = plain[5], kernel->saved = plain[6], kernel->updates = plain[7];
+  kernel->threads = plain[4], kernel->groups = plain[5], kernel->saved = plain[6], kernel->updates = plain[7];
   kernel->single = at::ScalarType(plain[8]), kernel->result = at::ScalarType(plain[9]);
   kernel->loops = list();
   const Numbers extents = list();

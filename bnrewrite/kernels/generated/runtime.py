@@ -39,10 +39,13 @@ _lock = threading.Lock()
 _builder: threading.Thread | None = None
 
 
-def call(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Any:
+def call(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """What a program makes; None where the runtime has no kernel for such tensors."""
     number = _programs.get(text)
-    return None if number is None else _call(number, x, *tensors)
+    if number is None:
+        return None
+    made: tuple[Tensor, ...] | None = _call(number, x, *tensors)
+    return made
 
 
 def add(text: str, kernel: Kernel, given: tuple[Tensor, ...]) -> None:
@@ -99,7 +102,7 @@ def _register(text: str, kernel: Kernel, kinds: Kinds) -> None:
         _programs[text] = _module.program()
     plain = [
         _address(kernel.forward), _address(kernel.backward), kernel.copies, kernel.residual,
-        kernel.elements, kernel.groups, kernel.saved, kernel.updates, DTYPES[kernel.single],
+        kernel.threads, kernel.groups, kernel.saved, kernel.updates, DTYPES[kernel.single],
         DTYPES[kernel.result], len(kernel.orders),
     ]  # fmt: skip
     lists = [
