@@ -13,6 +13,7 @@ from bnrewrite.algebra import centre
 from bnrewrite.algebra.calls import shape_of
 
 from .costs import has_fast_norm
+from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 
@@ -57,9 +58,10 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     assert reading is not None
     native = has_native(reading, found) and options.kernels != "composite"
     if found.kind == "affine" and options.stage != "eager" and centre(reading, found) is not None:
-        native = False  # which pass keeps the digits is decided by a kernel of the eager stage
+        # which pass keeps the digits is decided by a kernel of the eager stage, or by the values
+        native = native and has_small_means(reading, found)
     if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
-    if options.kernels == "auto" and found.kind == "rms_norm" and has_fast_norm(reading, found):
-        native = False  # it is no operation of its own on a CPU
+    if options.kernels == "auto" and options.stage != "export" and has_fast_norm(reading, found):
+        native = native and found.kind != "rms_norm"  # it is no operation of its own on a CPU
     return "native" if native else "composite"

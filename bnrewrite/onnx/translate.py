@@ -1,0 +1,136 @@
+"""From an exported program to an ONNX model, through PyTorch's own exporter."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import version_converter
+from torch.export import ExportedProgram
+from torch.utils._pytree import KeyEntry, keystr, tree_flatten_with_path, tree_unflatten
+
+from .refusal import ExportError, first_line
+from .tidy import tidy
+from .translation import translation_table
+
+LEAST = 18  # the opset that the exporter's own translations are written in
+
+
+def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes: Any) -> ir.Model:
+    """The ONNX model of a program.
+
+    Args:
+        program: with its norms rewritten.
+        target: the provider that norms are written for.
+        opset: of the model.
+        dynamic_shapes: the user's; names in it become names of sizes.
+
+    Raises:
+        ExportError: an operation has no translation, or none in this opset.
+    """
+    try:
+        with quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=max(opset, LEAST),
+                custom_translation_table=translation_table(target, max(opset, LEAST)),
+                dynamic_shapes=dynamic_shapes if _has_names(dynamic_shapes) else None,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's own errors have no common base
+        cause = error.__cause__ or error
+        raise ExportError(f"torch.onnx cannot write the model: {first_line(cause)}") from error
+    assert exported is not None
+    model = exported.model
+    with quiet():
+        tidy(model)
+        if model.opset_imports.get("") != opset:
+            version_converter.convert_version(model, opset, fallback=True)
+    found = model.opset_imports.get("")
+    if found != opset:
+        raise ExportError(
+            f"the model needs operations of opset {found}, which have no form in opset {opset}"
+        )
+    _name_outputs(model, program)
+    return model
+
+
+def raw_model(program: ExportedProgram, opset: int) -> ir.Model:
+    """What PyTorch's exporter makes of a program by itself, with its optimiser on."""
+    with quiet():
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=max(opset, LEAST), verbose=False
+        )
+    assert exported is not None
+    return exported.model
+
+
+def output_names(program: ExportedProgram) -> list[str | None]:
+    """Names of the leaves of a model's result, by their place in it; None for what is no tensor.
+
+    A single tensor is "output", a tuple "output_0", "output_1"; keys and fields are names.
+    """
+    signature = program.graph_signature
+    results = signature.user_outputs
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    paths, _ = tree_flatten_with_path(tree_unflatten(list(range(spec.num_leaves)), spec))
+    names: list[str | None] = []
+    for (path, _), value in zip(paths, results, strict=True):
+        node_names = {node.name for node in program.graph.nodes}
+        names.append(_name(path) if isinstance(value, str) and value in node_names else None)
+    return names
+
+
+def _name(path: tuple[KeyEntry, ...]) -> str:
+    words = ["".join(c if c.isalnum() else " " for c in keystr((key,))).split() for key in path]
+    joined = "_".join(word for each in words for word in each)
+    return joined if joined and not joined[0].isdigit() else f"output_{joined}".rstrip("_")
+
+
+def _name_outputs(model: ir.Model, program: ExportedProgram) -> None:
+    names = [name for name in output_names(program) if name is not None]
+    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        free = name
+        while free in taken:
+            free = f"{free}_"
+        taken.add(free)
+        for other in _values(model):
+            if other is not value and other.name == free:
+                other.name = f"{free}_inner"
+        value.name = free
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        yield from node.outputs
+
+
+def _has_names(dynamic_shapes: Any) -> bool:
+    return any(isinstance(each, str) for each in torch.utils._pytree.tree_leaves(dynamic_shapes))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not there."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    other = logging.getLogger("onnxscript")
+    before = other.level
+    logger.setLevel(logging.ERROR)
+    other.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        other.setLevel(before)
