@@ -53,6 +53,7 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
         tidy(model)
         if model.opset_imports.get("") != opset:
             version_converter.convert_version(model, opset, fallback=True)
+            _drop_newer_attributes(model)
     found = model.opset_imports.get("")
     if found != opset:
         raise ExportError(
@@ -70,6 +71,20 @@ def raw_model(program: ExportedProgram, opset: int) -> ir.Model:
         )
     assert exported is not None
     return exported.model
+
+
+def _drop_newer_attributes(model: ir.Model) -> None:
+    """An attribute of reductions since opset 18, which the converter forgets to take away.
+
+    It says what is done without axes, and 0, the default, is what opset 17 does.
+    """
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        newer = node.attributes.get("noop_with_empty_axes")
+        version = model.opset_imports.get("", LEAST)
+        if newer is not None and version < LEAST and node.op_type != "ReduceSum":
+            if newer.value:
+                raise ExportError(f"{node.op_type} without axes has no form in opset {version}")
+            del node.attributes["noop_with_empty_axes"]
 
 
 def output_names(program: ExportedProgram) -> list[str | None]:
