@@ -2,8 +2,8 @@
 
 Before:  scale = weight * rsqrt(running_var + eps); y = x * scale
 After:   y = x * scale                                  scale: a stored tensor
-Leaves alone: results larger than what they are made of; views of large tensors, which would be
-stored twice; random numbers.
+Leaves alone: large results of smaller tensors, and views of large tensors, which would be stored
+twice; what is made of numbers alone; random numbers.
 
 Operations run in the user's own dtypes, so each constant is bit for bit what the model computes.
 """
@@ -26,7 +26,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-LARGEST_VIEW = 4096  # elements up to which a view is stored beside what it is a view of
+SMALL = 4096  # elements up to which a value may be stored beside a smaller one it is made of
 
 
 def fold_constants(program: ExportedProgram) -> ExportedProgram:
@@ -51,7 +51,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
 
 
 class _Cones:
-    """Which nodes are made of stored tensors alone, and their values."""
+    """Which nodes are made of stored tensors and numbers alone, and their values."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.leaves: dict[fx.Node, dict[fx.Node, None]] = {}
@@ -68,11 +68,8 @@ class _Cones:
         leaves = {leaf: None for each in node.all_input_nodes for leaf in self.leaves[each]}
         computed = not _is_view(node) or any(n in self._computed for n in node.all_input_nodes)
         size = _elements(node.meta.get("val"))
-        if not leaves or size is None:
-            return
-        if size > (
-            sum(_elements(n.meta["val"]) or 0 for n in leaves) if computed else LARGEST_VIEW
-        ):
+        most = sum(_elements(leaf.meta["val"]) or 0 for leaf in leaves) if computed else 0
+        if size is None or size > max(most, SMALL):
             return
         self.leaves[node] = leaves
         if computed:
@@ -84,6 +81,7 @@ class _Cones:
             node
             for node in self.leaves
             if node.op == "call_function"
+            and self.leaves[node]
             and isinstance(node.meta["val"], torch.Tensor)
             and any(user not in self.leaves for user in node.users)
         ]
@@ -102,7 +100,7 @@ class _Cones:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    if node.op != "call_function" or not node.all_input_nodes:
+    if node.op != "call_function":
         return False
     if node.target is operator.getitem:
         return True
@@ -145,7 +143,7 @@ def _placeholder(graph: fx.Graph, node: fx.Node, target: str, value: torch.Tenso
     first = next(n for n in graph.nodes if n.op != "placeholder" or "value" not in n.meta)
     mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
     with graph.inserting_before(first):
-        made = graph.placeholder(target.replace(".", "_"))
+        made = graph.placeholder(f"c_{target.replace('.', '_')}")
     contiguous = value.contiguous()
     made.meta = {
         "val": contiguous if mode is None else mode.from_tensor(contiguous, static_shapes=True),

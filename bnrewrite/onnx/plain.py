@@ -1,7 +1,7 @@
 """A few calls in the form that providers have the best kernels for.
 
 Before:  x * 1.0; batch_norm of a matrix by stored statistics; batch_norm by its batch's statistics
-After:   x; x * scale + shift; moments and one multiply-add
+After:   x; x * scale + shift; moments and one multiply-add; means that are the same look the same
 Leaves alone: batch_norm of images by stored statistics, which is one operation.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ from bnrewrite.kernels.frozen import is_small
 
 aten = torch.ops.aten
 NEUTRAL = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+BATCH_NORMS = (
+    aten.batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+    aten._native_batch_norm_legit.no_stats,
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A batch norm: mean and variance are None where they are those of the batch."""
+
+    x: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    mean: fx.Node | None
+    variance: fx.Node | None
+    eps: float
 
 
 def make_plain(graph: fx.Graph) -> None:
@@ -26,7 +44,10 @@ def make_plain(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target in NEUTRAL and _is_neutral(node):
             node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.batch_norm.default:
+        elif node.target is aten.mean.dim and node.args[1]:
+            rank = node.args[0].meta["val"].dim()
+            node.args = (node.args[0], sorted(d % rank for d in node.args[1]), *node.args[2:])
+        elif node.target in BATCH_NORMS:
             _batch_norm(node)
     graph.eliminate_dead_code()
 
@@ -41,55 +62,78 @@ def _is_neutral(node: fx.Node) -> bool:
     return same and "rounding_mode" not in node.kwargs
 
 
+def _call(node: fx.Node) -> _Call:
+    args: Any = node.args
+    x, weight, bias = args[:3]
+    if node.target is aten._native_batch_norm_legit_no_training.default:
+        return _Call(x, weight, bias, args[3], args[4], args[6])
+    if node.target is aten._native_batch_norm_legit.no_stats:
+        return _Call(x, weight, bias, None, None, args[5])
+    mean, variance = (None, None) if args[5] else args[3:5]
+    return _Call(x, weight, bias, mean, variance, args[7])
+
+
 def _batch_norm(node: fx.Node) -> None:
-    x, weight, bias, _mean, _variance, training, _, eps, *_ = node.args
-    value = x.meta["val"]  # type: ignore[union-attr]
-    writing = _Writing(node)
-    if training:
-        dims = [0, *range(2, value.dim())]
-        both = writing(aten.var_mean.correction, x, dims, correction=0, keepdim=True)
-        found, centre = (writing(operator.getitem, both, i) for i in range(2))
-        centred = writing(aten.sub.Tensor, x, centre)
-        scale = writing(aten.rsqrt.default, writing(aten.add.Scalar, found, eps))
-        if weight is not None:
-            scale = writing(aten.mul.Tensor, scale, _along(writing, weight, value.dim()))
-        result = writing(aten.mul.Tensor, centred, scale)
-        if bias is not None:
-            result = writing(aten.add.Tensor, result, _along(writing, bias, value.dim()))
-    elif value.dim() == 2 and _is_stored(node):
-        result = _matrix(writing, node)
+    call, writing = _call(node), _Writing(node)
+    if call.mean is None:
+        result = _by_batch(writing, call)
+    elif call.x.meta["val"].dim() == 2 and _is_stored(call):
+        result = _matrix(writing, call)
     else:
         return
-    node.replace_all_uses_with(result)
+    if node.target is aten.batch_norm.default:
+        node.replace_all_uses_with(result)
+        return
+    for user in list(node.users):  # of several results, of which the others are statistics
+        if user.target is operator.getitem and user.args[1] == 0:
+            user.replace_all_uses_with(result)
 
 
-def _matrix(writing: Callable[..., fx.Node], node: fx.Node) -> fx.Node:
+def _by_batch(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
+    rank = call.x.meta["val"].dim()
+    dims = [0, *range(2, rank)]
+    both = writing(aten.var_mean.correction, call.x, dims, correction=0, keepdim=True)
+    variance, mean = (writing(operator.getitem, both, i) for i in range(2))
+    centred = writing(aten.sub.Tensor, call.x, mean)
+    scale = writing(aten.rsqrt.default, writing(aten.add.Scalar, variance, call.eps))
+    if call.weight is not None:
+        scale = writing(aten.mul.Tensor, scale, _along(writing, call.weight, rank))
+    result = writing(aten.mul.Tensor, centred, scale)
+    if call.bias is not None:
+        result = writing(aten.add.Tensor, result, _along(writing, call.bias, rank))
+    return result
+
+
+def _matrix(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
     """Scale and shift in float64, which are constants later."""
-    x, weight, bias, mean, variance, _, _, eps, *_ = node.args
-    dtype = node.meta["val"].dtype
+    x, dtype = call.x, call.x.meta["val"].dtype
+    assert call.mean is not None
+    assert call.variance is not None
 
     def wide(value: Any) -> fx.Node:
         return writing(aten.to.dtype, value, torch.float64)
 
-    scale = writing(aten.rsqrt.default, writing(aten.add.Scalar, wide(variance), eps))
-    scale = scale if weight is None else writing(aten.mul.Tensor, scale, wide(weight))
-    shift = None if bias is None else wide(bias)
-    values = [each.meta["value"].detach().cpu().double() for each in (mean, variance)]  # type: ignore[union-attr]
-    if is_small(*values, float(eps)):  # type: ignore[arg-type]
-        product = writing(aten.mul.Tensor, wide(mean), scale)
+    scale = writing(aten.rsqrt.default, writing(aten.add.Scalar, wide(call.variance), call.eps))
+    scale = scale if call.weight is None else writing(aten.mul.Tensor, scale, wide(call.weight))
+    shift = None if call.bias is None else wide(call.bias)
+    mean, variance = (
+        each.meta["value"].detach().cpu().double() for each in (call.mean, call.variance)
+    )
+    if is_small(mean, variance, call.eps):
+        product = writing(aten.mul.Tensor, wide(call.mean), scale)
         negative = writing(aten.neg.default, product)
         shift = negative if shift is None else writing(aten.add.Tensor, shift, negative)
     else:
-        x = writing(aten.sub.Tensor, x, writing(aten.to.dtype, wide(mean), dtype))
+        x = writing(aten.sub.Tensor, x, writing(aten.to.dtype, call.mean, dtype))
     y = writing(aten.mul.Tensor, x, writing(aten.to.dtype, scale, dtype))
     if shift is None:
         return y
     return writing(aten.add.Tensor, y, writing(aten.to.dtype, shift, dtype))
 
 
-def _is_stored(node: fx.Node) -> bool:
-    given = [each for each in node.args[1:5] if each is not None]
-    return all(isinstance(each, fx.Node) and "value" in each.meta for each in given)
+def _is_stored(call: _Call) -> bool:
+    given = (call.weight, call.bias, call.mean, call.variance)
+    return all(each is None or "value" in each.meta for each in given)
 
 
 def _along(writing: Callable[..., fx.Node], vector: Any, rank: int) -> fx.Node:

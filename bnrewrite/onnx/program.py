@@ -72,7 +72,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = program.run_decompositions({})
+        found: ExportedProgram = program.run_decompositions({})
     _refuse_updates(found)
     return found
 

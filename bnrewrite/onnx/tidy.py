@@ -45,7 +45,7 @@ def tidy(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass()(model)
         if _count(model) == before:
             break
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.LiftSubgraphInitializersToMainGraphPass()(model)
     common.DeduplicateInitializersPass()(model)

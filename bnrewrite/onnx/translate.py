@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import version_converter
+from torch import fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import KeyEntry, keystr, tree_flatten_with_path, tree_unflatten
+from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, OutputKind
+from torch.utils._pytree import (
+    KeyEntry,
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_unflatten,
+)
 
 from .refusal import ExportError, first_line
 from .tidy import tidy
@@ -36,7 +46,7 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
     try:
         with quiet():
             exported = torch.onnx.export(
-                program,
+                with_tensors_alone(program),
                 dynamo=True,
                 opset_version=max(opset, LEAST),
                 custom_translation_table=translation_table(target, max(opset, LEAST)),
@@ -49,6 +59,7 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
         raise ExportError(f"torch.onnx cannot write the model: {first_line(cause)}") from error
     assert exported is not None
     model = exported.model
+    inputs = [value.name for value in model.graph.inputs]
     with quiet():
         tidy(model)
         if model.opset_imports.get("") != opset:
@@ -59,7 +70,7 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
         raise ExportError(
             f"the model needs operations of opset {found}, which have no form in opset {opset}"
         )
-    _name_outputs(model, program)
+    _name(model, inputs, output_names(program))
     return model
 
 
@@ -67,7 +78,10 @@ def raw_model(program: ExportedProgram, opset: int) -> ir.Model:
     """What PyTorch's exporter makes of a program by itself, with its optimiser on."""
     with quiet():
         exported = torch.onnx.export(
-            program, dynamo=True, opset_version=max(opset, LEAST), verbose=False
+            with_tensors_alone(program),
+            dynamo=True,
+            opset_version=max(opset, LEAST),
+            verbose=False,
         )
     assert exported is not None
     return exported.model
@@ -100,28 +114,62 @@ def output_names(program: ExportedProgram) -> list[str | None]:
     names: list[str | None] = []
     for (path, _), value in zip(paths, results, strict=True):
         node_names = {node.name for node in program.graph.nodes}
-        names.append(_name(path) if isinstance(value, str) and value in node_names else None)
+        names.append(_joined(path) if isinstance(value, str) and value in node_names else None)
     return names
 
 
-def _name(path: tuple[KeyEntry, ...]) -> str:
+def _joined(path: tuple[KeyEntry, ...]) -> str:
     words = ["".join(c if c.isalnum() else " " for c in keystr((key,))).split() for key in path]
     joined = "_".join(word for each in words for word in each)
     return joined if joined and not joined[0].isdigit() else f"output_{joined}".rstrip("_")
 
 
-def _name_outputs(model: ir.Model, program: ExportedProgram) -> None:
-    names = [name for name in output_names(program) if name is not None]
-    taken = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
-    for value, name in zip(model.graph.outputs, names, strict=True):
+def _name(model: ir.Model, inputs: list[str | None], outputs: list[str | None]) -> None:
+    """Give inputs and outputs these names, and what has one of them inside another."""
+    ports = list(zip(model.graph.inputs, map(str, inputs), strict=True))
+    names = {name for _, name in ports} | set(model.graph.initializers)
+    for value, name in zip(model.graph.outputs, (n for n in outputs if n), strict=True):
         free = name
-        while free in taken:
+        while free in names:
             free = f"{free}_"
-        taken.add(free)
-        for other in _values(model):
-            if other is not value and other.name == free:
-                other.name = f"{free}_inner"
-        value.name = free
+        names.add(free)
+        ports.append((value, free))
+    for value, name in ports:
+        value.name = f"{name} "  # until all have their own
+    wanted = {name for _, name in ports}
+    for value in _values(model):
+        if value.name in wanted:
+            value.name = f"{value.name}_inner"
+    for value, name in ports:
+        value.name = name
+
+
+def with_tensors_alone(program: ExportedProgram) -> ExportedProgram:
+    """The program without the numbers, strings and None in its result: a file has tensors."""
+    signature = program.graph_signature
+    if not any(isinstance(each.arg, ConstantArgument) for each in signature.output_specs):
+        return program
+    graph = copy.deepcopy(program.graph)
+    output = next(iter(reversed(graph.nodes)))
+    pairs = list(zip(signature.output_specs, output.args[0], strict=True))
+    pairs = [(spec, value) for spec, value in pairs if not isinstance(spec.arg, ConstantArgument)]
+    output.args = (tuple(value for _, value in pairs),)
+    user = [spec for spec, _ in pairs if spec.kind == OutputKind.USER_OUTPUT]
+    (call, *others) = program.module_call_graph
+    assert call.signature is not None
+    _, spec = tree_flatten(tuple(range(len(user))))
+    plain = replace(call.signature, out_spec=spec, outputs=[each.arg for each in user])
+    return ExportedProgram(
+        root=fx.GraphModule(program.graph_module, graph),
+        graph=graph,
+        graph_signature=ExportGraphSignature(signature.input_specs, [spec for spec, _ in pairs]),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=[replace(call, signature=plain), *others],
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

@@ -1,24 +1,27 @@
 """How PyTorch's norms are written in ONNX: the translations that the exporter is given.
 
 Each norm becomes one standard operation where the provider has a kernel for it (`kernels.py`), else
-the shortest sequence of operations with the same formula. The exporter calls these functions with
+the shortest sequence of operations with the same formula; in float64 always, since the eps of an
+operation is a float32 number. The exporter calls these functions with
 `onnx_ir` values for tensors and plain Python values for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
-from onnxscript import opset21 as op21
-from onnxscript import opset23 as op23
+from onnxscript import opset18, opset21, opset23
 
 from .kernels import has_kernel
 
 aten = torch.ops.aten
+op: Any = opset18  # their types are of onnxscript's own language, not of the values here
+op21: Any = opset21
+op23: Any = opset23
 Value = Any  # an onnx_ir.Value, for whose operators there are no types
 
 _DTYPES = {
@@ -38,6 +41,11 @@ def translation_table(target: str, opset: int) -> dict[Any, Callable[..., Any]]:
         aten.group_norm.default: norms.group_norm,
         aten.instance_norm.default: norms.instance_norm,
         aten.var_mean.correction: norms.var_mean,
+        aten.var.correction: norms.variance,
+        aten.var.dim: norms.variance,
+        aten.std.correction: norms.deviation,
+        aten.std.dim: norms.deviation,
+        aten.addcmul.default: norms.addcmul,
     }
     return {operator: _function(method) for operator, method in table.items()}
 
@@ -59,8 +67,11 @@ class _Norms:
         self.opset = opset
 
     def _has(self, operation: str, x: Value) -> bool:
+        """Whether the target has a kernel, and its eps, a float32 number, is the user's."""
         dtype = _DTYPES.get(x.dtype)
-        return dtype is not None and has_kernel(operation, self.target, self.opset, dtype)
+        if dtype is None or dtype == torch.float64:
+            return False
+        return has_kernel(operation, self.target, self.opset, dtype)
 
     def layer_norm(
         self,
@@ -73,6 +84,11 @@ class _Norms:
     ) -> Value:
         """(x - E[x]) / sqrt(V[x] + eps) * weight + bias over the last axes."""
         axis = -len(normalized_shape)
+        if not self._has("LayerNormalization", input):
+            rank = len(input.shape)
+            y = _standardised(input, range(rank + axis, rank), eps)
+            y = y if weight is None else op.Mul(y, weight)
+            return y if bias is None else op.Add(y, bias)
         scale = weight if weight is not None else _ones(input, normalized_shape)
         return _first(op.LayerNormalization(input, scale, bias, axis=axis, epsilon=eps))
 
@@ -150,6 +166,10 @@ class _Norms:
             scale = weight if weight is not None else _filled(1.0, input, size)
             shift = bias if bias is not None else _filled(0.0, input, size)
             return op.InstanceNormalization(input, scale, shift, epsilon=eps)
+        if input.dtype == ir.DataType.DOUBLE:
+            return _affine(
+                _standardised(input, range(2, len(input.shape)), eps), input, weight, bias
+            )
         rows = op.Reshape(input, op.Constant(value_ints=[0, 0, -1]))
         rows = self._rows(rows, input, channels, eps)
         return _affine(_shaped_like(rows, input), input, weight, bias)
@@ -159,34 +179,81 @@ class _Norms:
         if self._has("InstanceNormalization", like) and isinstance(count, int):
             scale, shift = _filled(1.0, like, (count,)), _filled(0.0, like, (count,))
             return op.InstanceNormalization(rows, scale, shift, epsilon=eps)
+        if not self._has("LayerNormalization", like):
+            return _standardised(rows, [2], eps, like.dtype)
         length = op.Shape(rows, start=2)
         ones = op.ConstantOfShape(length, value=_tensor([1.0], like.dtype, (1,)))
         return _first(op.LayerNormalization(rows, ones, axis=-1, epsilon=eps))
 
     def var_mean(
         self,
-        self_: Value,
+        x: Value,
         dim: Sequence[int] | None = None,
         *,
         correction: float | None = None,
         keepdim: bool = False,
     ) -> tuple[Value, Value]:
         """V and E[x]: the centred second moment, which loses no digits beside a large mean."""
-        dims = list(range(len(self_.shape))) if not dim else list(dim)
-        axes = op.Constant(value_ints=dims)
-        mean = op.ReduceMean(self_, axes, keepdims=1)
-        centred = op.Sub(self_, mean)
-        square = op.Mul(centred, centred)
-        lost = 1.0 if correction is None else float(correction)
-        variance = op.ReduceMean(square, axes, keepdims=1)
-        if lost:
-            sizes = op.Gather(op.Shape(self_), axes)
-            count = op.Cast(op.ReduceProd(sizes, keepdims=0), to=self_.dtype)
-            left = op.Sub(count, _constant([lost], self_.dtype, ()))
-            variance = op.Div(op.Mul(variance, count), left)
+        axes, mean, variance = _moments(x, dim, 1.0 if correction is None else float(correction))
         if keepdim:
             return variance, mean
         return op.Squeeze(variance, axes), op.Squeeze(mean, axes)
+
+    def variance(self, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Value:
+        """V in any of its signatures."""
+        correction, keepdim = _correction(args, kwargs)
+        axes, _, variance = _moments(x, dim, correction)
+        return variance if keepdim else op.Squeeze(variance, axes)
+
+    def deviation(self, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Value:
+        """The root of V in any of its signatures."""
+        return op.Sqrt(self.variance(x, dim, *args, **kwargs))
+
+    def addcmul(self, x: Value, first: Value, second: Value, *, value: float = 1) -> Value:
+        """X + value * first * second; the exporter's own multiplies by 1 too."""
+        product = op.Mul(first, second)
+        if value != 1:
+            product = op.Mul(product, _constant([value], x.dtype, ()))
+        return op.Add(x, product)
+
+
+def _correction(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, bool]:
+    """What is subtracted from the count, and whether dimensions stay."""
+    positional = dict(zip(("unbiased", "keepdim"), args, strict=False))
+    given = {**positional, **kwargs}
+    correction = given.get("correction", given.get("unbiased", True))
+    return 1.0 if correction is None else float(correction), bool(given.get("keepdim", False))
+
+
+def _standardised(
+    x: Value, dims: Iterable[int], eps: float, dtype: ir.DataType | None = None
+) -> Value:
+    """(x - E[x]) / sqrt(V + eps) with an eps of x's own precision."""
+    axes = op.Constant(value_ints=list(dims))
+    centred = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
+    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
+    added = _constant([eps], dtype or x.dtype, ())
+    return op.Div(centred, op.Sqrt(op.Add(variance, added)))
+
+
+def _moments(x: Value, dim: Sequence[int] | None, lost: float) -> tuple[Value, Value, Value]:
+    """The axes as a constant, E[x] and V with `lost` subtracted from the count."""
+    rank = len(x.shape)
+    dims = sorted(d % rank for d in dim) if dim else list(range(rank))
+    axes = op.Constant(value_ints=dims)
+    mean = op.ReduceMean(x, axes, keepdims=1)
+    centred = op.Sub(x, mean)
+    variance = op.ReduceMean(op.Mul(centred, centred), axes, keepdims=1)
+    if not lost:
+        return axes, mean, variance
+    sizes = [x.shape[d] for d in dims]
+    if all(isinstance(size, int) for size in sizes):
+        count = math.prod(sizes)
+        factor = count / (count - lost) if count > lost else math.nan if count else 0.0
+        return axes, mean, op.Mul(variance, _constant([factor], x.dtype, ()))
+    found = op.Cast(op.ReduceProd(op.Gather(op.Shape(x), axes), keepdims=0), to=x.dtype)
+    left = op.Sub(found, _constant([lost], x.dtype, ()))
+    return axes, mean, op.Div(op.Mul(variance, found), left)
 
 
 def _first(outputs: Value) -> Value:
