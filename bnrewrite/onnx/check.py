@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,14 @@ def _verified(model: Callable[..., Any], exported: Exported, case: Case) -> Veri
 
     try:
         with torch.no_grad():
-            return verify(model, call, *case.args, kwargs=case.kwargs, steps=1)
+            found = verify(model, call, *case.args, kwargs=case.kwargs, steps=1)
     except RuntimeError as error:  # the user's code runs, but not in float64
         raise ExportError(
             f"the file cannot be checked: {first_line(error)}; verify=False exports it unchecked"
         ) from error
+
+    notes = tuple(note for note in found.notes if not note.startswith("gradient of"))
+    return replace(found, notes=notes)
 
 
 def _stops(verification: Verification) -> bool:

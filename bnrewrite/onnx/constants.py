@@ -38,8 +38,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     cones = _Cones(graph)
     constants = dict(program.constants)
     added: dict[str, str] = {}
-    for node in cones.frontier():
-        value = cones.value(node)
+    for node, value in cones.values().items():
         target = _free_name(f"{cones.leaf(node).meta['path']}_folded", program, constants)
         constants[target] = value
         added[_placeholder(graph, node, target, value).name] = target
@@ -56,11 +55,9 @@ class _Cones:
     def __init__(self, graph: fx.Graph) -> None:
         self.leaves: dict[fx.Node, dict[fx.Node, None]] = {}
         self._computed: set[fx.Node] = set()
-        self._values: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             if node.op == "placeholder" and "value" in node.meta:
                 self.leaves[node] = {node: None}
-                self._values[node] = node.meta["value"].detach()
             elif _is_pure(node) and all(each in self.leaves for each in node.all_input_nodes):
                 self._add(node)
 
@@ -90,13 +87,22 @@ class _Cones:
         """The first stored tensor that a node is made of."""
         return next(iter(self.leaves[node]))
 
-    def value(self, node: fx.Node) -> Any:
-        """What a node computes, on the stored tensors."""
-        if node not in self._values:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
-            with torch.no_grad():
-                self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._values[node]
+    def values(self) -> dict[fx.Node, torch.Tensor]:
+        """What the frontier's nodes compute, on the stored tensors."""
+        frontier = self.frontier()
+        needed = set(frontier)
+        for node in reversed(self.leaves):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        made: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in self.leaves:
+                if node.op == "placeholder":
+                    made[node] = node.meta["value"].detach()
+                elif node in needed:
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+                    made[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return {node: made[node] for node in frontier}
 
 
 def _is_pure(node: fx.Node) -> bool:

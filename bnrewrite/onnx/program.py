@@ -61,7 +61,7 @@ def traced(
                 _twin(subject), args, dict(kwargs), dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # whatever a user's code raises, or torch.export at it
-        raise ExportError(f"torch.export cannot trace the model: {first_line(error)}") from error
+        raise ExportError(f"torch.export cannot trace the model: {_told(error)}") from error
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
@@ -104,6 +104,12 @@ def stored_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor) and given.kind != InputKind.USER_INPUT:
             found[given.arg.name] = value
     return found
+
+
+def _told(error: Exception) -> str:
+    """An error in a line, with the points that it lists: sizes that are not as dynamic as told."""
+    points = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]
+    return " ".join([first_line(error), *points[:3]])
 
 
 def _refuse_training(model: Any) -> None:

@@ -105,7 +105,9 @@ class _Norms:
         """
         axis = -len(normalized_shape)
         if eps is None:
-            eps = torch.finfo(_DTYPES.get(input.dtype, torch.float32)).eps
+            # PyTorch's default is that of the dtype it computes in
+            wide = torch.float64 if input.dtype == ir.DataType.DOUBLE else torch.float32
+            eps = torch.finfo(wide).eps
         if self._has("RMSNormalization", input):
             scale = weight if weight is not None else _ones(input, normalized_shape)
             return op23.RMSNormalization(input, scale, axis=axis, epsilon=eps)
@@ -113,7 +115,9 @@ class _Norms:
         x = op.Cast(input, to=ir.DataType.FLOAT) if half else input
         dtype = ir.DataType.FLOAT if half else input.dtype
         axes = op.Constant(value_ints=list(range(axis, 0)))
-        square = op.Pow(x, _constant([2.0], dtype, ()))
+        # onnxruntime fuses this as a power, and reads a float64 eps as 1e-5 then
+        fused = dtype != ir.DataType.DOUBLE
+        square = op.Pow(x, _constant([2.0], dtype, ())) if fused else op.Mul(x, x)
         mean = op.ReduceMean(square, axes)
         root = op.Sqrt(op.Add(mean, _constant([eps], dtype, ())))
         y = op.Div(x, root)
