@@ -50,7 +50,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.norm1(self.conv1(x)))
         y = functional.relu(self.norm2(self.conv2(y)))
-        return functional.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
+        y = self.norm3(self.conv3(y)) + self.shortcut(x)
+        return functional.relu(y)
 
 
 class ResNet(nn.Module):
@@ -71,7 +72,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.max_pool2d(functional.relu(self.norm(self.stem(x))), 3, 2, 1)
-        return self.classifier(self.blocks(x).mean((2, 3)))
+        logits: Tensor = self.classifier(self.blocks(x).mean((2, 3)))
+        return logits
 
 
 def detr() -> tuple[nn.Module, dict[str, Any]]:

@@ -165,8 +165,8 @@ def test_statistics_of_the_batch_are_moments(model: nn.Module, tmp_path: Path) -
 
 def with_statistics(norm: nn.Module, mean: float) -> nn.Module:
     torch.manual_seed(0)
-    norm.running_mean.normal_(mean)  # type: ignore[union-attr, operator]
-    norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
+    norm.running_mean.normal_(mean)  # type: ignore[operator]
+    norm.running_var.uniform_(0.5, 1.5)  # type: ignore[operator]
     return norm.eval()
 
 
@@ -229,7 +229,8 @@ def test_a_view_of_a_large_parameter_is_not_stored_twice(tmp_path: Path) -> None
             self.words = nn.Embedding(512, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.words(x) @ self.words.weight.t()
+            words: Tensor = self.words(x)
+            return words @ self.words.weight.t()
 
     outcome = exported(Tied(), tmp_path, torch.tensor([1, 2, 3]))
     assert outcome.path.stat().st_size < 1.5 * 512 * 64 * 4

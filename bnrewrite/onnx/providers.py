@@ -102,6 +102,8 @@ def why_absent(place: Place) -> str:
 
 def missing_library(place: Place) -> str | None:
     """The loader's complaint about a provider's library, None where it loads."""
+    if place.name == "cpu":
+        return None
     stem = "tensorrt" if place.name == "tensorrt" else "cuda"
     name = {"win32": f"onnxruntime_providers_{stem}.dll"}.get(
         sys.platform, f"libonnxruntime_providers_{stem}.so"

@@ -12,26 +12,37 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+TRACED = "as traced"
+UNPROMISED = 2  # a least size of 2 is torch.export's own, which leaves 0 and 1 aside
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call, and what is told of them."""
+    """Arguments of one call.
+
+    Attributes:
+        name: the sizes of the tensors.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        promised: whether torch.export promises these sizes; of sizes of 1 it says nothing.
+    """
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    promised: bool = True
 
 
 def cases(program: ExportedProgram, seed: int = 0) -> Iterator[Case]:
     """The arguments as traced, then in larger and in smaller sizes where some vary.
 
-    Sizes stay in the range that the program takes. Each dynamic size grows by another amount, so
-    that two that are mixed up show.
+    Sizes stay in the range that the program takes, but for sizes of 1. Each dynamic size grows by
+    another amount, so that two that are mixed up show.
     """
     assert program.example_inputs is not None
-    yield Case("as traced", *program.example_inputs)
+    yield Case(TRACED, *program.example_inputs)
     symbols = _symbols(program)
     if not symbols:
         return
@@ -39,13 +50,15 @@ def cases(program: ExportedProgram, seed: int = 0) -> Iterator[Case]:
     for i, (symbol, size) in enumerate(symbols.items()):
         least, most = _range(program, symbol)
         larger[symbol] = min(size + 1 + i, most)
-        smaller[symbol] = max(size // 2, 1, least)
+        smaller[symbol] = max(size // 2, 1, least if least > UNPROMISED else 1)
     generator = torch.Generator().manual_seed(seed)
     for chosen in (larger, smaller):
         if chosen != symbols:
             args, kwargs = _resized(program, chosen, generator)
             sizes = (tuple(x.shape) for x in tree_flatten((args, kwargs))[0] if _is_tensor(x))
-            yield Case(", ".join("x".join(map(str, each)) for each in sizes), args, kwargs)
+            name = ", ".join("x".join(map(str, each)) for each in sizes)
+            promised = all(size >= _range(program, s)[0] for s, size in chosen.items())
+            yield Case(name, args, kwargs, promised)
 
 
 def _symbols(program: ExportedProgram) -> dict[sympy.Symbol, int]:
