@@ -17,6 +17,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
+from torch.utils.dlpack import from_dlpack
 
 from .providers import Device, Place, place_for, preload, why_absent
 from .refusal import SessionError, first_line
@@ -245,7 +246,7 @@ def _check(port: Port, value: Any) -> None:
 
 def _tensor(port: Port, value: Any) -> Tensor:
     """An output as a torch tensor, in the same memory."""
-    found: Tensor = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
+    found: Tensor = from_dlpack(value._ortvalue.to_dlpack())
     return found.view(torch.bool) if port.dtype == torch.bool else found
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import (
     keystr,
     tree_flatten,
     tree_flatten_with_path,
+    tree_leaves,
     tree_unflatten,
 )
 
@@ -178,7 +179,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _has_names(dynamic_shapes: Any) -> bool:
-    return any(isinstance(each, str) for each in torch.utils._pytree.tree_leaves(dynamic_shapes))
+    return any(isinstance(each, str) for each in tree_leaves(dynamic_shapes))
 
 
 @contextmanager
