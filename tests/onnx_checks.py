@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 from torch import nn
 
 from bnrewrite.onnx.check import Checked, check
@@ -44,5 +45,9 @@ def exported(
     translated = translate(program, target, opset, dynamic)
     path = folder / "model.onnx"
     save(translated, path)
+    file = onnx.load(path)
+    onnx.checker.check_model(file)
+    assert {node.domain for node in file.graph.node} <= {""}  # standard operations alone
+    assert [(each.domain, each.version) for each in file.opset_import] == [("", opset)]
     checked = check(model, program, translated, path, target)
     return Outcome(operations(translated), sites, checked, path)

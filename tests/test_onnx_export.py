@@ -97,6 +97,14 @@ def test_functions_and_optimised_models(tmp_path: Path) -> None:
     torch.testing.assert_close(y, 2 * model(X).detach())
 
 
+@pytest.mark.parametrize("size", ["rows", torch.export.Dim("rows", max=9)])
+def test_sizes_have_the_users_names(size: Any, tmp_path: Path) -> None:
+    result = bnrewrite.export_onnx(
+        net(), X, tmp_path / "m.onnx", dynamic_shapes=({0: size},), verify=False
+    )
+    assert result.outputs[0].shape == ("rows", 8)
+
+
 def test_sizes_that_are_tried(tmp_path: Path) -> None:
     """Each dynamic size grows by another amount, and stays in its range and its ratio."""
     from bnrewrite.onnx.program import functional, traced
@@ -141,6 +149,24 @@ class Counting(nn.Module):
         return x + self.count
 
 
+class Remembering(nn.Module):
+    """Has its state in a plain attribute, and another that it only sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.seen = torch.zeros(8), torch.zeros(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x * 2
+        self.total = self.total + x.sum(0)
+        return x + self.total
+
+
+class Drawing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
 class Writing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.add_(1)
@@ -167,6 +193,8 @@ def half_trained() -> nn.Module:
             "the model changes 'count' when it is called in evaluation",
         ),
         (Counting(rebind=True).eval(), "the model changes 'count' when it is called in evaluation"),
+        (Remembering().eval(), "the model changes 'total' when it is called in evaluation mode"),
+        (Drawing().eval(), "the file cannot be checked: CPUExecutionProvider has no kernel"),
         (Writing().eval(), "the model writes to its input 'x'"),
         (Deciding().eval(), "torch.export cannot trace the model"),
     ],

@@ -22,10 +22,12 @@ from bnrewrite.trial import own_randomness
 from bnrewrite.verification import verify
 
 from .providers import Place, available, missing_library
-from .refusal import ExportError, MismatchError, first_line
+from .refusal import ExportError, MismatchError, SessionError, first_line
 from .running import Exported, has_brain_floats, save_in_float32
 from .session import Session
 from .sizes import TRACED, Case, cases
+
+UNCHECKED = "verify=False exports it unchecked"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def check(
             path = Path(folder) / path.name
             save_in_float32(translated, path)
             notes.append("bfloat16 was checked in float32: the CPU provider has no kernels for it")
-        exported = Exported(program, Session(path, device))
+        exported = Exported(program, _session(path, device))
         found: dict[str, Verification] = {}
         for case in cases(program):
             if case.name != TRACED and not _takes(model, case):
@@ -88,6 +90,13 @@ def check(
                 f"{verification}"
             )
     return Checked(found, device, tuple(notes))
+
+
+def _session(path: Path, device: str) -> Session:
+    try:
+        return Session(path, device)
+    except SessionError as error:
+        raise ExportError(f"the file cannot be checked: {error}; {UNCHECKED}") from error
 
 
 def _device(target: str) -> tuple[str, list[str]]:
@@ -114,7 +123,7 @@ def _verified(model: Callable[..., Any], exported: Exported, case: Case) -> Veri
             found = verify(model, call, *case.args, kwargs=case.kwargs, steps=1)
     except RuntimeError as error:  # the user's code runs, but not in float64
         raise ExportError(
-            f"the file cannot be checked: {first_line(error)}; verify=False exports it unchecked"
+            f"the file cannot be checked: {first_line(error)}; {UNCHECKED}"
         ) from error
 
     notes = tuple(note for note in found.notes if not note.startswith("gradient of"))

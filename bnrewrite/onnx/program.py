@@ -8,8 +8,9 @@ Leaves alone: the model; what is traced is a twin that shares its parameters and
 from __future__ import annotations
 
 import copy
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ _KINDS: dict[InputKind, Kind] = {
     InputKind.CONSTANT_TENSOR: "attribute",
     InputKind.USER_INPUT: "input",
 }
+_STATE = (
+    "the model changes '{}' when it is called in evaluation mode; an ONNX file has no state: "
+    "return the new value as an output and take the old one as an input, or change it in training "
+    "mode only"
+)
+_ASSIGNED = "assigned during export"  # of torch.export's warning
+_ATTRIBUTE = re.compile(r"self\.([\w.]+)")
 
 
 def traced(
@@ -55,13 +63,15 @@ def traced(
     _refuse_training(subject)
     shapes = tree_map_only(str, lambda _: Dim.DYNAMIC, dynamic_shapes)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(
+        with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            program: ExportedProgram = torch.export.export(
                 _twin(subject), args, dict(kwargs), dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # whatever a user's code raises, or torch.export at it
         raise ExportError(f"torch.export cannot trace the model: {_told(error)}") from error
+    _refuse_assigned(program, [str(each.message) for each in told])
+    return program
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
@@ -124,14 +134,21 @@ def _refuse_training(model: Any) -> None:
         )
 
 
+def _refuse_assigned(program: ExportedProgram, told: Sequence[str]) -> None:
+    """Refuse a model that reads a tensor attribute and sets it anew: that is state as well.
+
+    torch.export warns of all that are set, and has those that are read among its constants.
+    """
+    assigned = {name for each in told if _ASSIGNED in each for name in _ATTRIBUTE.findall(each)}
+    for name in program.constants:
+        if name in assigned:
+            raise ExportError(_STATE.format(name))
+
+
 def _refuse_updates(program: ExportedProgram) -> None:
     for each in program.graph_signature.output_specs:
         if each.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
-            raise ExportError(
-                f"the model changes {each.target!r} when it is called in evaluation mode; an ONNX "
-                "file has no state: return the new value as an output and take the old one as an "
-                "input, or change it in training mode only"
-            )
+            raise ExportError(_STATE.format(each.target))
         if each.kind == OutputKind.USER_INPUT_MUTATION:
             raise ExportError(
                 f"the model writes to its input {each.target!r}, which an ONNX file cannot: "

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import version_converter
 from torch import fx
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, OutputKind
 from torch.utils._pytree import (
     KeyEntry,
@@ -22,6 +22,7 @@ from torch.utils._pytree import (
     tree_flatten,
     tree_flatten_with_path,
     tree_leaves,
+    tree_map,
     tree_unflatten,
 )
 
@@ -51,7 +52,7 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
                 dynamo=True,
                 opset_version=max(opset, LEAST),
                 custom_translation_table=translation_table(target, max(opset, LEAST)),
-                dynamic_shapes=dynamic_shapes if _has_names(dynamic_shapes) else None,
+                dynamic_shapes=_names(dynamic_shapes),
                 optimize=False,
                 verbose=False,
             )
@@ -178,8 +179,16 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _has_names(dynamic_shapes: Any) -> bool:
-    return any(isinstance(each, str) for each in tree_leaves(dynamic_shapes))
+def _names(dynamic_shapes: Any) -> Any:
+    """The user's names of sizes where they are, None elsewhere; None where there are no names."""
+
+    def name(size: Any) -> str | None:
+        if isinstance(size, str):
+            return size
+        return size.__name__ if type(size) is Dim else None
+
+    named = tree_map(name, dynamic_shapes)
+    return named if any(isinstance(each, str) for each in tree_leaves(named)) else None
 
 
 @contextmanager
