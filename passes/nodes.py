@@ -69,7 +69,7 @@ class Nodes:
         values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         if target in SCALAR_ARGUMENTS:
             values = tuple(0.5 if isinstance(v, torch.SymFloat) else v for v in values)
-        mode = detect_fake_mode(values)
+        mode = detect_fake_mode((values, self.before.meta.get("val")))  # a constant has no fake
         if mode is None:
             node.meta["val"] = target(*values, **keywords)
         else:

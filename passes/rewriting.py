@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from bnrewrite.algebra import Match, Reading, chain, formula
 from bnrewrite.algebra.anchors import REDUCTIONS
@@ -30,7 +31,7 @@ class Decision:
     """A recognised norm and what becomes of it.
 
     Attributes:
-        lowering: "native" or "composite" once planned.
+        lowering: "native" or "composite" once planned, "fold" once folded.
         refusal: why it stays, where it stays.
         state: paths of the buffers that are updated from the site's moments.
     """
@@ -44,11 +45,24 @@ class Decision:
 
 
 class Rewriting:
-    """One run of the pipeline over one graph."""
+    """One run of the pipeline over one graph.
 
-    def __init__(self, canonical: Canonical, options: Options) -> None:
+    Args:
+        canonical: the graph.
+        options: what may be done.
+        constants: values of parameters and buffers by the names of their placeholders, where they
+            never change any more; None where they may.
+    """
+
+    def __init__(
+        self,
+        canonical: Canonical,
+        options: Options,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.canonical = canonical
         self.options = options
+        self.constants = constants
         self.reading: Reading | None = None
         self.decisions: list[Decision] = []
         for node, given in zip(self.placeholders(), canonical.inputs, strict=True):

@@ -12,8 +12,9 @@ SOURCES = (
     *sorted((ROOT / "passes").glob("*.py")),
     *sorted((ROOT / "bnrewrite" / "capture").glob("*.py")),
     ROOT / "bnrewrite" / "algebra" / "selection.py",
+    ROOT / "bnrewrite" / "kernels" / "folding.py",
 )
-REFUSING = ("Refusal", "Unwritable", "CaptureError", "Inexact", "lookalike", "left")
+REFUSING = ("Refusal", "Unwritable", "CaptureError", "Inexact", "lookalike", "left", "Unfoldable")
 VARIES = "{}"  # stands for what an f-string puts in
 # No model is known that gets one of these: they stand before code that would be wrong else.
 GUARDS = {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .batched import batch_norm
+from .folding import folded
 from .frozen import frozen_batch_norm
 from .grouped import group_norm
 from .layout import has_dense_channels
@@ -14,6 +15,7 @@ from .rows import layer_norm
 __all__ = [
     "KERNELS",
     "batch_norm",
+    "folded",
     "frozen_batch_norm",
     "group_norm",
     "has_dense_channels",
@@ -22,5 +24,5 @@ __all__ = [
 
 # Each returns a new tensor, and a backward needs its inputs alone.
 KERNELS: frozenset[Callable[..., Any]] = frozenset(
-    {batch_norm, frozen_batch_norm, group_norm, layer_norm}
+    {batch_norm, folded, frozen_batch_norm, group_norm, layer_norm}
 )
