@@ -72,7 +72,8 @@ def _exported() -> str:
     for result in record["results"]:
         left = f", {result['loose']} loose" if result["loose"] else ""
         told = f"{result['milliseconds']:.3g} ms{left}"
-        cells.setdefault(f"{result['model']}, {result['norms']} norms", {})[result["peer"]] = told
+        count = f"{result['norms']} norm{'' if result['norms'] == 1 else 's'}"
+        cells.setdefault(f"{result['model']}, {count}", {})[result["peer"]] = told
     peers = ("onnxruntime", "onnxscript", "onnxsim", "bnrewrite", "native")
     rows = [[name, *(found.get(peer, "") for peer in peers)] for name, found in cells.items()]
     headings = (

@@ -32,12 +32,19 @@ SMALL = 4096  # elements up to which a value may be stored beside a smaller one 
 def fold_constants(program: ExportedProgram) -> ExportedProgram:
     """The program with constants in the place of what is computed from stored tensors.
 
-    Stored tensors that nothing uses any more are dropped from it.
+    Tensors that passes have left on the graph's module become constants of the program. Stored tensors that nothing uses any more are dropped from it.
     """
     graph = program.graph
-    cones = _Cones(graph)
     constants = dict(program.constants)
     added: dict[str, str] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        value = getattr(program.graph_module, str(node.target), None)
+        if isinstance(value, torch.Tensor):  # a pass has computed it
+            target = _free_name(str(node.target), program, constants)
+            constants[target] = value
+            added[_placeholder(graph, node, target, value).name] = target
+            graph.erase_node(node)
+    cones = _Cones(graph)
     for node, value in cones.values().items():
         target = _free_name(f"{cones.leaf(node).meta['path']}_folded", program, constants)
         constants[target] = value

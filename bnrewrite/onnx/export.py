@@ -23,7 +23,7 @@ from .check import Checked, check
 from .constants import fold_constants
 from .kernels import OPSETS, TARGETS
 from .plain import make_plain
-from .program import canonical, functional, traced
+from .program import canonical, functional, stored_values, traced
 from .providers import Place
 from .record import OnnxExport
 from .refusal import ExportError, SessionError
@@ -103,7 +103,8 @@ def rewritten(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Site, ..
 
     The graph of the program that is given is changed.
     """
-    sites = rewrite(canonical(program), Options(stage="export"))
+    options, constants = Options(stage="export"), stored_values(program)
+    sites = rewrite(canonical(program), options, constants)
     for step in AFTERWARDS:
         step(program.graph)
     return fold_constants(program), sites
