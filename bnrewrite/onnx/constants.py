@@ -32,7 +32,8 @@ SMALL = 4096  # elements up to which a value may be stored beside a smaller one 
 def fold_constants(program: ExportedProgram) -> ExportedProgram:
     """The program with constants in the place of what is computed from stored tensors.
 
-    Tensors that passes have left on the graph's module become constants of the program. Stored tensors that nothing uses any more are dropped from it.
+    Tensors that passes have left on the graph's module become constants of the program. Stored
+    tensors that nothing uses any more are dropped from it.
     """
     graph = program.graph
     constants = dict(program.constants)
