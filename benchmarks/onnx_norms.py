@@ -16,6 +16,7 @@ Peers, all run by onnxruntime's CPU provider:
 from __future__ import annotations
 
 import argparse
+import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -155,7 +156,7 @@ def exports(pair: Pair, folder: Path) -> tuple[int, dict[str, Path]]:
 def simplified(source: Path, to: Path) -> bool:
     """Whether onnxsim is installed and takes the file."""
     try:
-        import onnxsim
+        onnxsim: Any = importlib.import_module("onnxsim")
     except ImportError:
         return False
     model, fine = onnxsim.simplify(onnx.load(source))

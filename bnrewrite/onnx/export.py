@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
@@ -13,7 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from bnrewrite.capture.optimize import unwrapped
-from bnrewrite.options import Options
+from bnrewrite.options import BnrewriteWarning, Options
 from bnrewrite.passes import rewrite
 from bnrewrite.report.report import Report
 from bnrewrite.report.site import Site
@@ -26,7 +27,7 @@ from .plain import make_plain
 from .program import canonical, functional, stored_values, traced
 from .providers import Place
 from .record import OnnxExport
-from .refusal import ExportError, SessionError
+from .refusal import ExportError, SessionError, first_line
 from .saving import data_path, save, staged
 from .session import ports_of
 from .tables import norms_elsewhere, operations, optimised_operations, placement
@@ -79,7 +80,7 @@ def export_onnx(
     given = tuple(args) if isinstance(args, tuple | list) else (args,)
     with staged(place) as written:
         original = traced(model, given, kwargs or {}, dynamic_shapes)
-        program, sites = rewritten(functional(original))
+        program, sites, notes = _rewritten_or_not(original)
         translated = translate(program, target, opset, dynamic_shapes)
         save(translated, written)
         result = OnnxExport(
@@ -90,12 +91,26 @@ def export_onnx(
             outputs=ports_of(translated.graph.outputs),
             report=Report(sites=list(sites), graphs=1),
             operators={"bnrewrite": operations(translated)},
+            notes=notes,
             external=data_path(written).exists(),
         )
         if verify:
             checked = check(unwrapped(model), program, translated, written, target)
             result = _with_check(result, checked, original, written)
     return result
+
+
+def _rewritten_or_not(
+    original: ExportedProgram,
+) -> tuple[ExportedProgram, tuple[Site, ...], tuple[str, ...]]:
+    """The program as `rewritten` gives it, and notes; as the user wrote it should that fail."""
+    program = functional(original)
+    try:
+        return (*rewritten(program), ())
+    except Exception as error:  # of our own: the export goes on without it
+        note = f"norms are exported as they were written: {first_line(error)}"
+        warnings.warn(note, BnrewriteWarning, stacklevel=3)
+        return functional(original), (), (note,)
 
 
 def rewritten(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Site, ...]]:

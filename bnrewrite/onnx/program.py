@@ -119,6 +119,8 @@ def stored_values(program: ExportedProgram) -> dict[str, torch.Tensor]:
 def _told(error: Exception) -> str:
     """An error in a line, with the points that it lists: sizes that are not as dynamic as told."""
     points = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]
+    if "0/1 specialized" in str(error):
+        points.append("Give an example whose varying sizes are 2 or more.")
     return " ".join([first_line(error), *points[:3]])
 
 
