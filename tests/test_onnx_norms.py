@@ -177,6 +177,16 @@ def test_a_batch_norm_of_a_matrix_is_a_scale_and_a_shift(tmp_path: Path) -> None
     assert outcome.operations == {"Relu": 1, "Mul": 1, "Add": 1}
 
 
+def test_native_batch_norms_are_folded_too(tmp_path: Path) -> None:
+    """As the exporter's own optimiser does; one that stands elsewhere is one operation."""
+    norms = [with_statistics(nn.BatchNorm2d(CHANNELS), 0.0) for _ in range(3)]
+    model = nn.Sequential(
+        norms[0], nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, groups=2), norms[1], nn.ReLU(), norms[2]
+    )
+    outcome = exported(model.half(), tmp_path, IMAGES.half(), dynamic=({0: "n"},))
+    assert outcome.operations == {"BatchNormalization": 2, "ConvTranspose": 1, "Relu": 1}
+
+
 def test_large_stored_means_are_subtracted_first(tmp_path: Path) -> None:
     """As `x a + b` the digits that x and the mean share would be lost: 5e-4 for 3e-7."""
     matrix = with_statistics(nn.BatchNorm1d(FEATURES), 4000.0)

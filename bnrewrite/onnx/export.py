@@ -23,7 +23,7 @@ from .absorb import absorb
 from .check import Checked, check
 from .constants import fold_constants
 from .kernels import OPSETS, TARGETS
-from .plain import make_plain
+from .plain import make_plain, spell_out
 from .program import canonical, functional, stored_values, traced
 from .providers import Place
 from .record import OnnxExport
@@ -118,8 +118,9 @@ def rewritten(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Site, ..
 
     The graph of the program that is given is changed.
     """
-    options, constants = Options(stage="export"), stored_values(program)
-    sites = rewrite(canonical(program), options, constants)
+    graph = canonical(program)
+    spell_out(program.graph)
+    sites = rewrite(graph, Options(stage="export"), stored_values(program))
     for step in AFTERWARDS:
         step(program.graph)
     return fold_constants(program), sites

@@ -2,7 +2,8 @@
 
 Before:  x * 1.0; batch_norm of a matrix by stored statistics; batch_norm by its batch's statistics
 After:   x; x * scale + shift; moments and one multiply-add; means that are the same look the same
-Leaves alone: batch_norm of images by stored statistics, which is one operation.
+Leaves alone: batch_norm of images by stored statistics, which is one operation, unless it stands
+behind a linear map: then it is a formula before the pipeline runs, and folded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 from bnrewrite.kernels.frozen import is_small
+from bnrewrite.passes.linear_maps import linear_map
 
 aten = torch.ops.aten
 NEUTRAL = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
@@ -52,6 +54,36 @@ def make_plain(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def spell_out(graph: fx.Graph) -> None:
+    """Native batch norms behind a linear map as formulas, which the pipeline folds into it."""
+    for node in list(graph.nodes):
+        if node.target in BATCH_NORMS and _may_be_folded(_call(node)):
+            _replace(node, _formula(_Writing(node), _call(node)))
+    graph.eliminate_dead_code()
+
+
+def _may_be_folded(call: _Call) -> bool:
+    if call.mean is None or len(call.x.users) > 1 or linear_map(call.x) is None:
+        return False
+    return _is_stored(call) and _dtypes(call) == {call.x.meta["val"].dtype}
+
+
+def _formula(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
+    """(x - mean) (variance + eps)^(-1/2) weight + bias."""
+    rank = call.x.meta["val"].dim()
+    y = writing(aten.sub.Tensor, call.x, _along(writing, call.mean, rank))
+    spread = writing(aten.add.Scalar, _along(writing, call.variance, rank), call.eps)
+    y = writing(aten.mul.Tensor, y, writing(aten.rsqrt.default, spread))
+    if call.weight is not None:
+        y = writing(aten.mul.Tensor, y, _along(writing, call.weight, rank))
+    return y if call.bias is None else writing(aten.add.Tensor, y, _along(writing, call.bias, rank))
+
+
+def _dtypes(call: _Call) -> set[torch.dtype]:
+    given = (call.weight, call.bias, call.mean, call.variance)
+    return {each.meta["val"].dtype for each in given if each is not None}
+
+
 def _is_neutral(node: fx.Node) -> bool:
     """Whether a product or quotient with 1 changes neither dtype nor shape: then no value."""
     x, factor = node.args[:2]
@@ -81,6 +113,10 @@ def _batch_norm(node: fx.Node) -> None:
         result = _matrix(writing, call)
     else:
         return
+    _replace(node, result)
+
+
+def _replace(node: fx.Node, result: fx.Node) -> None:
     if node.target is aten.batch_norm.default:
         node.replace_all_uses_with(result)
         return

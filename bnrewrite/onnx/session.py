@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.dlpack import from_dlpack
 
-from .providers import Device, Place, place_for, preload, why_absent
+from .providers import Device, Place, missing_library, place_for, preload, why_absent
 from .refusal import SessionError, first_line
 
 # onnxruntime's names of element types, torch's dtypes, and onnx's numbers
@@ -198,6 +198,8 @@ def opened(path: Path, place: Place, options: Any = None) -> Any:
 
 def _why_unopened(path: Path, place: Place, error: Exception) -> str:
     line = first_line(error)
+    if missing_library(place) is not None:
+        return why_absent(place)
     if "NOT_IMPLEMENTED" in line or "NotImplemented" in type(error).__name__:
         return f"{place.provider} has no kernel for an operation of {path.name}: {line}"
     if "External data" in line or "external data" in line or "GetFileLength" in line:
