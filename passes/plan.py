@@ -14,6 +14,7 @@ from bnrewrite.algebra.calls import shape_of
 from bnrewrite.kernels import why_no_kernels
 
 from .costs import has_fast_kernel, has_fast_norm, may_generate
+from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 
@@ -85,8 +86,11 @@ def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
 def _loses_digits(rewriting: Rewriting, found: Match) -> bool:
     """Whether the operator computes ``x a + b`` where the user's code centres first.
 
-    Which of the two keeps the digits is decided by a kernel of the eager stage, when it runs.
+    Which of the two keeps the digits is decided by a kernel of the eager stage, when it runs, or
+    by the values, where they are known.
     """
-    assert rewriting.reading is not None
-    eager = rewriting.options.stage == "eager"
-    return found.kind == "affine" and not eager and centre(rewriting.reading, found) is not None
+    reading = rewriting.reading
+    assert reading is not None
+    if found.kind != "affine" or rewriting.options.stage == "eager":
+        return False
+    return centre(reading, found) is not None and not has_small_means(reading, found)
