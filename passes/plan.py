@@ -56,8 +56,9 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     options, reading, found = rewriting.options, rewriting.reading, decision.match
     assert reading is not None
     native = has_native(reading, found) and options.kernels != "composite"
-    if found.kind == "affine" and options.stage != "eager" and centre(reading, found) is not None:
-        native = False  # which pass keeps the digits is decided by a kernel of the eager stage
+    looks = options.stage in ("eager", "script")  # at the statistics, when the graph is run
+    if found.kind == "affine" and not looks and centre(reading, found) is not None:
+        native = False  # which pass keeps the digits is decided by these two stages alone
     if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
     if options.kernels == "auto" and found.kind == "rms_norm" and has_fast_norm(reading, found):
