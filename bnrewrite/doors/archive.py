@@ -52,7 +52,7 @@ def read(path: Path) -> ExportedProgram | torch.jit.ScriptModule:
         try:
             reader = torch._C.PyTorchFileReader(_again(file))
             names = list(reader.get_all_records())
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise ArchiveError(f"{path} is damaged: {_first_line(error)}") from error
         if any(name.startswith(_MODELS) for name in names):
             return _program(path, file, reader, names)

@@ -20,7 +20,7 @@ from bnrewrite.doors.program import environment_of
 from bnrewrite.doors.torchscript import FunctionText
 from bnrewrite.kernels.frozen import LARGEST_MEAN
 
-_SMALLEST_SIZE = 2  # sizes 0 and 1 are captured as numbers: broadcasting takes them for another
+_SMALLEST_SIZE = 1  # an empty tensor may raise where a norm is one operator
 _RELATIONS = {
     "Equality": "==", "Unequality": "!=", "StrictLessThan": "<", "LessThan": "<=",
     "StrictGreaterThan": ">", "GreaterThan": ">=",
@@ -51,12 +51,18 @@ def size_conditions(
     program: ExportedProgram, assumed: Iterable[Any], symbols: Mapping[Any, str]
 ) -> Iterator[str]:
     """What export, and what was done since, has taken for granted of sizes."""
+    for relation in size_relations(program, assumed):
+        yield _text(relation, symbols)
+
+
+def size_relations(program: ExportedProgram, assumed: Iterable[Any]) -> list[Any]:
+    """The same as formulas of the symbols that are left."""
     environment = environment_of(program)
-    if environment is not None:
-        for relation in (*(guard.expr for guard in environment.guards), *assumed):
-            known = environment.replace(relation)
-            if known is not sympy.true:
-                yield _text(known, symbols)
+    if environment is None:
+        return []
+    asked = [*(guard.expr for guard in environment.guards), *assumed]
+    known = [environment.replace(relation) for relation in asked]
+    return [relation for relation in known if relation is not sympy.true]
 
 
 def size_text(size: Any, symbols: Mapping[Any, str]) -> str:

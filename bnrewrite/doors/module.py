@@ -95,7 +95,7 @@ class _Building:
 
     def _text(self, scripted: Any, method: str, prefix: str) -> Text | None:
         try:
-            return write_method(method, scripted._get_method(method).graph)
+            return write_method(method, scripted._get_method(method))
         except Untranslatable as refusal:
             if method != "forward":
                 return None  # who calls it is told that it is missing

@@ -24,6 +24,7 @@ from bnrewrite.doors.plain import (
 )
 
 _OF_SIZES = {"add": "+", "sub": "-", "mul": "*", "floor_divide": "//", "remainder": "%"}
+_OF_TWO = ("add", "sub", "mul", "div")
 _UNSAFE = {"from_file", "save", "load"}
 
 
@@ -58,8 +59,9 @@ class Operators:
     ) -> str | None:
         """An operator that Python has too; None where it is one of ATen."""
         tensors = [each for each in given if is_tensor(each)]
-        if tensors and all(each.debugName() in self.numbers for each in tensors):
-            return self._of_numbers(node, kind, texts)
+        sizes = [each for each in tensors if each.debugName() in self.numbers]
+        if sizes and all(each in sizes or _is_whole(each) for each in tensors):
+            return self._of_numbers(node, kind, [self._size(each) for each in given])
         if kind == "size" and tensors:
             return f"{texts[0]}.size({texts[1]})" if len(texts) > 1 else f"list({texts[0]}.size())"
         if tensors:
@@ -69,6 +71,10 @@ class Operators:
             written = f"{texts[0]} {BINARY[kind]} {texts[1]}"
         is_float = written and node.output().type().kind() == "FloatType"
         return f"floating({written})" if is_float else written
+
+    def _size(self, value: Any) -> str:
+        constant = value.toIValue() if _is_whole(value) else None
+        return self.use(value) if constant is None else str(int(constant))
 
     def _of_numbers(self, node: Any, kind: str, texts: Sequence[str]) -> str:
         """Arithmetic of tensors that are sizes: a traced module computes with these."""
@@ -91,6 +97,8 @@ class Operators:
         ]
         if kind == "_convolution":  # its further arguments name implementations
             return f"torch.ops.aten.convolution.default({', '.join(arguments[:9])})"
+        if kind.rstrip("_") in _OF_TWO and parsed.overload_name.startswith("Scalar"):
+            return self._by_number(kind, parsed, arguments)
         packet = getattr(torch.ops.aten, kind, None)
         overload = parsed.overload_name or "default"
         if kind in ("tensor", "as_tensor"):
@@ -106,6 +114,13 @@ class Operators:
             for argument, text in zip(parsed.arguments, arguments, strict=True)
         ]
         return f"torch.ops.aten.{kind}.{overload}({', '.join(written)})"
+
+    def _by_number(self, kind: str, parsed: Any, arguments: Sequence[str]) -> str:
+        """Arithmetic of a tensor and a number, which may be a symbol as an operand of this form."""
+        overload = parsed.overload_name.replace("Scalar", "Tensor")
+        further = zip(parsed.arguments[2:], arguments[2:], strict=True)
+        texts = [*arguments[:2], *(f"{argument.name}={text}" for argument, text in further)]
+        return f"torch.ops.aten.{kind}.{overload}({', '.join(texts)})"
 
     def _argument(self, argument: Any, value: Any, given: Sequence[Any]) -> str:
         """The text of an argument: dtypes and the like are numbers in TorchScript."""
@@ -126,6 +141,15 @@ class Operators:
             if others and others[0].debugName() not in self.numbers:
                 return f"({constant.item()!r} if {self.use(others[0])}.dim() else {text})"
         return text
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a tensor is a constant that a trace has made of a whole number."""
+    if value.node().kind() != "prim::Constant":
+        return False
+    constant = value.toIValue()
+    whole = isinstance(constant, Tensor) and constant.dtype == torch.int64 and constant.dim() == 0
+    return whole or (isinstance(constant, int) and not isinstance(constant, bool))
 
 
 def _is_number(constant: Tensor) -> bool:

@@ -82,6 +82,7 @@ OF_ATTRIBUTES = {  # prim
     "max": "max({0}, {1})",
     "abs": "abs({0})",
 }
+OF_LISTS = {"min": "min({0})", "max": "max({0})"}  # prim
 DTYPES: dict[int, torch.dtype] = {
     0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64,
     5: torch.float16, 6: torch.float32, 7: torch.float64, 9: torch.complex64, 10: torch.complex128,
@@ -116,6 +117,8 @@ def integer(value: Any) -> Any:
 
 def floating(value: Any) -> Any:
     """A number as a float; a symbol for one stays a symbol."""
+    if isinstance(value, torch.SymFloat):
+        return value
     return torch.sym_float(value) if isinstance(value, torch.SymInt) else float(value)  # type: ignore[no-untyped-call]
 
 

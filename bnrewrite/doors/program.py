@@ -10,7 +10,6 @@ the program updated it in place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +101,7 @@ def rebuilt(program: ExportedProgram, look: Look) -> ExportedProgram:
         drop_idle_modes(module.graph, torch.is_grad_enabled())
     kept = _return_numbers(program, module, len(updated))
     module, _ = replace_set_grad_with_hop_pass(module, None)
-    _name_inputs(module, given)
+    _name_inputs(module, program)
     values = outputs_of(module)
     signature.output_specs = [
         *map(_update, updated, values),
@@ -144,12 +143,14 @@ def _named(spec: OutputSpec, value: Any) -> OutputSpec:
     return spec
 
 
-def _name_inputs(module: fx.GraphModule, given: Iterable[InputSpec]) -> None:
-    """Give the inputs their names in the signature."""
+def _name_inputs(module: fx.GraphModule, program: ExportedProgram) -> None:
+    """Give the inputs the names that they have in a program; the values of those that are numbers."""
+    given = [node for node in program.graph.nodes if node.op == "placeholder"]
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    names = [spec.arg.name for spec in given]
+    names = [each.name for each in given]
     for node in module.graph.nodes:
         if node.name in names:
             node._rename(f"{node.name}_value")
-    for node, name in zip(placeholders, names, strict=True):
-        node.name = node.target = name
+    for node, each in zip(placeholders, given, strict=True):
+        node.name = node.target = each.name
+        node.meta.setdefault("val", each.meta.get("val"))

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
@@ -37,6 +38,7 @@ from bnrewrite.doors.guard import (
     outside_conditions,
     shape_conditions,
     size_conditions,
+    size_relations,
     statistics_conditions,
 )
 from bnrewrite.doors.inputs import Inputs
@@ -69,18 +71,23 @@ class Captured:
 def capture(
     plain: Scripted, inputs: Sequence[Any], options: Options
 ) -> tuple[list[Captured], str | None]:
-    """The module captured for inputs like an example's, of every batch size and for one of 1.
+    """The module captured for inputs like an example's, for a batch of one and for larger ones.
 
     Returns:
-        What was captured, the most general first; and why nothing was, where nothing was.
+        What was captured, and why nothing was, where nothing was.
     """
     for each in plain.modules():
         for text in getattr(each, "texts", ()):
             if any(word in line for word in _READ_BY_CODE for line in text.lines):
                 return [], "it asks whether gradients are recorded"
+    for place, each in enumerate(inputs):
+        if not isinstance(each, Tensor | bool | int | float | str | None):
+            return [], f"its input {place} is a {type(each).__name__}, neither tensor nor number"
     found: list[Captured] = []
     reason: str | None = None
     for given in _examples(inputs):
+        if found and _is_admitted(found[0], given):
+            break
         try:
             program = _exported(plain, given)
             found.append(Captured(program, *look_at(program, options, "script")))
@@ -102,16 +109,31 @@ def converted(
 
 
 def _examples(inputs: Sequence[Any]) -> Iterator[list[Any]]:
-    """Inputs with a batch of two or more, and with a batch of one."""
-    sizes = [each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim()]
-    batch = sizes[0] if sizes else 0
-    if batch == 1:
-        yield [_of_batch(each, 1, lambda x: torch.cat([x, x])) for each in inputs]
-        yield list(inputs)
-        return
+    """The inputs as they are, and with a batch of one, or of two where it is one."""
     yield list(inputs)
-    if batch:
-        yield [_of_batch(each, batch, lambda x: x[:1]) for each in inputs]
+    sizes = [each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim()]
+    if sizes and sizes[0] == 1:
+        yield [_of_batch(each, 1, lambda x: torch.cat([x, x])) for each in inputs]
+    elif sizes and sizes[0]:
+        yield [_of_batch(each, sizes[0], lambda x: x[:1]) for each in inputs]
+
+
+def _is_admitted(captured: Captured, inputs: Sequence[Any]) -> bool:
+    """Whether what was captured stands for inputs of other sizes too, as far as can be told."""
+    known: dict[Any, int] = {}
+    placeholders = [node for node in captured.program.graph.nodes if node.op == "placeholder"]
+    for node, given in zip(placeholders[len(placeholders) - len(inputs) :], inputs, strict=True):
+        if isinstance(given, Tensor):
+            for size, wanted in zip(node.meta["val"].shape, given.shape, strict=True):
+                if isinstance(size, int) and size != wanted:
+                    return False
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    known[size.node.expr] = wanted
+    relations = size_relations(captured.program, captured.assumed)
+    try:
+        return all(each.xreplace(known) is not sympy.false for each in relations)
+    except ZeroDivisionError:
+        return False
 
 
 def _of_batch(given: Any, batch: int, change: Callable[[Tensor], Tensor]) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnrewrite.doors.operators import Operators, is_list
-from bnrewrite.doors.plain import OF_ATTRIBUTES, STATEMENTS, Untranslatable, filled
+from bnrewrite.doors.plain import NAMES, OF_ATTRIBUTES, OF_LISTS, STATEMENTS, Untranslatable, filled
 
 _PLACE = re.compile(r'File "([^"\n]+)", line (\d+)')
 _TRACED_PLACE = re.compile(r"([^\n]+)\((\d+)\): ")
@@ -50,14 +50,15 @@ class Text:
     attributes: dict[tuple[tuple[str, ...], str], Any] = field(default_factory=dict)
 
 
-def write_method(name: str, graph: Any) -> Text:
-    """The text of a method.
+def write_method(name: str, method: Any) -> Text:
+    """The text of a method, with the names and the defaults of its arguments.
 
     Raises:
         Untranslatable: something in it has no form in Python.
     """
     checked_name(name, method=True)
-    return _Writer(Text(name)).method(functions_inlined(graph))
+    _, *arguments = method.schema.arguments
+    return _Writer(Text(name)).method(functions_inlined(method.graph), arguments)
 
 
 def functions_inlined(graph: Any) -> Any:
@@ -95,6 +96,12 @@ def checked_name(name: str, *, method: bool = False) -> str:
     return name
 
 
+def _is_free(name: str) -> bool:
+    """Whether an argument may have its own name in the text."""
+    ours = name in NAMES or re.fullmatch(r"v\d+|(constant|going)_.*|self|__.*", name)
+    return name.isidentifier() and name.isascii() and not keyword.iskeyword(name) and not ours
+
+
 def _nodes(block: Any) -> Iterator[Any]:
     for node in block.nodes():
         yield node
@@ -112,10 +119,16 @@ class _Writer:
         self.operators = Operators(self._use)
         self.place: tuple[str, int] | None = None
 
-    def method(self, graph: Any) -> Text:
+    def method(self, graph: Any, arguments: Sequence[Any]) -> Text:
         owner, *inputs = graph.inputs()
         self.paths[owner.debugName()] = ()
-        given = ["self", *(self._name(each) for each in inputs)]
+        given = ["self"]
+        for value, argument in zip(inputs, arguments, strict=True):
+            if _is_free(argument.name):
+                self.names[value.debugName()] = argument.name
+            text = self._name(value)
+            has_default = argument.has_default_value()
+            given.append(f"{text}={self._literal(argument.default_value)}" if has_default else text)
         self.depth = 0
         self._line(f"def {self.text.name}({', '.join(given)}):")
         self.depth = 1
@@ -157,8 +170,8 @@ class _Writer:
             self._operator(node, kind)
         else:
             texts = [self._use(each) for each in node.inputs()]
-            written = filled(OF_ATTRIBUTES, kind, texts) if space == "prim" else None
-            if written is None:
+            written = filled(OF_ATTRIBUTES, kind, texts) or filled(OF_LISTS, kind, texts)
+            if written is None or space != "prim":
                 raise Untranslatable(f"it calls {node.kind()}")
             self._assign(node, written)
 
@@ -201,6 +214,9 @@ class _Writer:
         owner, value = node.inputs()
         path, name = self._path(owner), checked_name(node.s("name"))
         self.text.attributes[path, name] = value.type()
+        if value.type().kind() == "TensorType":  # an export would lose the new value
+            told = f"it binds {'.'.join((*path, name))} to a new tensor"
+            self._line(f"if torch.compiler.is_exporting(): raise RuntimeError({told!r})")
         self._line(f"{_member(path, name)} = {self._use(value)}")
 
     def _path(self, value: Any) -> tuple[str, ...]:
@@ -342,4 +358,5 @@ def _member(path: Sequence[str], name: str | None = None) -> str:
 def _place_of(node: Any) -> tuple[str, int] | None:
     """The user's file (its name alone: an archive may name any) and line."""
     found = _TRACED_PLACE.match(node.sourceRange()) or _PLACE.search(node.sourceRange())
-    return (re.split(r"[\\/]", found.group(1))[-1], int(found.group(2))) if found else None
+    file = re.split(r"[\\/]", found.group(1))[-1] if found else "<string>"
+    return (file, int(found.group(2))) if found and file != "<string>" else None
