@@ -124,7 +124,8 @@ class ForumNet(nn.Module):
 
     def forward(self, x: Tensor, mode: int = 0) -> Tensor:
         x = self.pool(torch.relu(self.bn1(self.conv1(x), mode)))
-        return self.classifier(x.view(x.size(0), -1))
+        logits: Tensor = self.classifier(x.view(x.size(0), -1))
+        return logits
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {

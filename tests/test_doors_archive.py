@@ -1,4 +1,4 @@
-"""Files from elsewhere: what would run code is refused with a sentence, before anything is loaded."""
+"""Files from elsewhere: what would run code is refused with a sentence, before it is loaded."""
 
 import io
 import json
@@ -52,14 +52,13 @@ def altered(path: Path, to: Path, changes: dict[str, Callable[[bytes], bytes] | 
         root = old.namelist()[0].partition("/")[0]
         for name in old.namelist():
             record = old.read(name)
-            for end in list(left):
-                if name.endswith(end):
-                    change = left.pop(end)
-                    record = change if isinstance(change, bytes) else change(record)
+            for end in [each for each in left if name.endswith(each)]:
+                change = left.pop(end)
+                record = change if isinstance(change, bytes) else change(record)
             new.writestr(name, record)
-        for name, record in left.items():
-            assert isinstance(record, bytes), f"there is no record {name}"
-            new.writestr(f"{root}/{name}", record)
+        for name, added in left.items():
+            assert isinstance(added, bytes), f"there is no record {name}"
+            new.writestr(f"{root}/{name}", added)
     return to
 
 

@@ -132,16 +132,19 @@ class Several(nn.Module):
         return y, {"second": self.norm(pair[1]), "none": None}, pair[0], 3, torch.arange(3.0)
 
 
+def arguments() -> tuple[list[Tensor], float, Tensor]:
+    return [torch.randn(2, 6), torch.randn(4, 6)], 0.5, torch.zeros(2)
+
+
 def test_inputs_and_results_of_any_structure() -> None:
     users = Several()
-    given = lambda: ([torch.randn(2, 6), torch.randn(4, 6)], 0.5, torch.zeros(2))  # noqa: E731
-    program = exported(users, *given())
+    program = exported(users, *arguments())
     result = bnrewrite.optimize(program)
     assert "layer_norm" in operators(result)
     assert [spec.kind for spec in result.graph_signature.input_specs] == [
         spec.kind for spec in program.graph_signature.input_specs
     ]
-    args = given()
+    args = arguments()
     mine, other = users(*copy.deepcopy(args)), result.module()(*args)
     torch.testing.assert_close(other[0], mine[0])
     torch.testing.assert_close(other[1]["second"], mine[1]["second"])
@@ -160,7 +163,8 @@ class Choosing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
         z = torch.cond(y.sum() > 0, lambda y: y + 1, lambda y: y - 1, (y,))
-        return self.second(z)
+        result: Tensor = self.second(z)
+        return result
 
 
 def test_norms_around_what_holds_a_graph_of_its_own() -> None:

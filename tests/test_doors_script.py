@@ -67,7 +67,8 @@ def test_other_sizes_dtypes_and_modes_run_the_users_code() -> None:
 def test_a_number_that_is_changed_later_counts() -> None:
     users = net("batch_norm")
     result: Any = bnrewrite.optimize(script(users), example_inputs=(images(),))
-    users.norm.eps = result.norm.eps = 0.7
+    norm: Any = users.norm
+    norm.eps = result.norm.eps = 0.7
     assert violations(users, result, images()) == []
 
 
@@ -108,7 +109,8 @@ def test_traced_modules(from_file: bool) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(self.conv(x))
-            return self.row(y.reshape(y.size(0) * 2, -1, 36).flatten(2))
+            rows: Tensor = self.row(y.reshape(y.size(0) * 2, -1, 36).flatten(2))
+            return rows
 
     users = Traced().eval()
     traced = trace(users, images())
@@ -143,7 +145,8 @@ class Tracking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.total.add_(x.detach().sum((0, 1, 2)))
-        return self.norm(x) + self.total
+        y: Tensor = self.norm(x)
+        return y + self.total
 
 
 def test_buffers_that_evaluation_updates() -> None:
@@ -182,7 +185,7 @@ def test_gradients_flow_through_the_branch() -> None:
         torch.manual_seed(1)
         gradients.append(
             torch.autograd.grad(
-                (y * torch.randn(y.shape)).sum(), each.parameters(), allow_unused=True
+                (y * torch.randn(y.shape)).sum(), list(each.parameters()), allow_unused=True
             )
         )
     for mine, other in zip(*gradients, strict=True):
@@ -197,19 +200,20 @@ class OfData(nn.Module):
         self.norm = LayerNorm(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if bool(x.sum() > 0):
-            return self.norm(x)
-        return x
+        y: Tensor = self.norm(x)
+        return y if bool(x.sum() > 0) else x
 
 
-class OfList(OfData):
+class OfList(nn.Module):
     def forward(self, x: list[Tensor]) -> Tensor:
-        return self.norm(x[0])
+        y: Tensor = x[0] / torch.norm(x[0])
+        return y
 
 
 class Asking(OfData):
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x) if x.requires_grad else x
+        y: Tensor = self.norm(x)
+        return y if x.requires_grad else x
 
 
 @pytest.mark.parametrize(

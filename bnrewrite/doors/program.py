@@ -144,7 +144,7 @@ def _named(spec: OutputSpec, value: Any) -> OutputSpec:
 
 
 def _name_inputs(module: fx.GraphModule, program: ExportedProgram) -> None:
-    """Give the inputs the names that they have in a program; the values of those that are numbers."""
+    """Give the inputs their names in a program, and those that are numbers their values."""
     given = [node for node in program.graph.nodes if node.op == "placeholder"]
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     names = [each.name for each in given]
