@@ -1,4 +1,4 @@
-"""What the benchmarks share: `bnrewrite.measuring`, and what a reader should know of the machine."""
+"""What the benchmarks share: `bnrewrite.measuring`, and what one should know of the machine."""
 
 import platform
 import sys

@@ -217,7 +217,7 @@ class Restoring(nn.Module):
         return x + self.value
 
     @torch.jit.export
-    def __getstate__(self) -> tuple[int, bool]:
+    def __getstate__(self) -> tuple[int, bool]:  # pyright: ignore
         return self.value, self.training
 
     @torch.jit.export

@@ -110,7 +110,7 @@ def explain_given(given: Given, args: tuple[Any, ...], options: Options) -> Repo
     if loaded.training:
         return _plain(loaded)
     try:
-        plain = plain_module(loaded)
+        plain = plain_module(loaded, for_export=True)
     except Untranslatable as refusal:
         return Report(kept=[Kept("scripted module", str(refusal), "")])
     captured, reason = capture(plain, checked_inputs(loaded, args), options)
@@ -177,7 +177,7 @@ def _optimized_script(
     scripted: torch.jit.ScriptModule, options: Options, inputs: list[Any]
 ) -> torch.jit.ScriptModule:
     try:
-        plain = plain_module(scripted)
+        plain = plain_module(scripted, for_export=True)
         captured, reason = capture(plain, inputs, options)
         if reason is None:
             return converted(scripted, plain, captured)

@@ -21,13 +21,15 @@ from bnrewrite.doors.plain import NAMES, Untranslatable
 from bnrewrite.doors.statements import Text, checked_name, write_method
 
 
-def plain_module(scripted: torch.jit.ScriptModule) -> Scripted:
+def plain_module(scripted: torch.jit.ScriptModule, *, for_export: bool = False) -> Scripted:
     """A module of the same structure, with the same tensors, that Python runs.
+
+    For an export it raises where it would bind an attribute to a new tensor.
 
     Raises:
         Untranslatable: the module calls something that has no form in Python.
     """
-    root = _Building(set(scripted.state_dict())).module(scripted._c, "")
+    root = _Building(set(scripted.state_dict()), for_export).module(scripted._c, "")
     for name, each in root.named_modules():
         each.training = _mode(scripted._c, name)
     return root
@@ -44,7 +46,8 @@ class Scripted(nn.Module):
 
 
 class _Building:
-    def __init__(self, saved: set[str]) -> None:
+    def __init__(self, saved: set[str], for_export: bool) -> None:
+        self.for_export = for_export
         self.saved = saved  # keys of the state_dict: other buffers are not persistent
         self.kinds: dict[str, type[Scripted]] = {}
         self.parameters: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # by id of the tensor
@@ -95,7 +98,7 @@ class _Building:
 
     def _text(self, scripted: Any, method: str, prefix: str) -> Text | None:
         try:
-            return write_method(method, scripted._get_method(method))
+            return write_method(method, scripted._get_method(method), for_export=self.for_export)
         except Untranslatable as refusal:
             if method != "forward":
                 return None  # who calls it is told that it is missing

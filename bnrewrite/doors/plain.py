@@ -73,6 +73,7 @@ OF_TENSORS = {
 OF_ATTRIBUTES = {  # prim
     "dtype": "NUMBERS[{0}.dtype]",
     "device": "{0}.device",
+    "layout": "LAYOUT_NUMBERS[{0}.layout]",
     "is_cuda": "{0}.is_cuda",
     "requires_grad": "{0}.requires_grad",
     "data": "{0}.data",
@@ -89,7 +90,8 @@ DTYPES: dict[int, torch.dtype] = {
     11: torch.bool, 15: torch.bfloat16,
 }  # fmt: skip
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
-LAYOUTS = {0: torch.strided}
+LAYOUTS = {0: torch.strided, 1: torch.sparse_coo, 2: torch.sparse_csr}
+LAYOUT_NUMBERS = {layout: number for number, layout in LAYOUTS.items()}
 FORMATS = {
     0: torch.contiguous_format,
     1: torch.preserve_format,
@@ -130,5 +132,5 @@ def range_length(start: Any, stop: Any, step: Any) -> Any:
 NAMES: dict[str, Any] = {
     "torch": torch, "math": math, "integer": integer, "floating": floating,
     "range_length": range_length, "NUMBERS": NUMBERS, "DTYPES": DTYPES, "LAYOUTS": LAYOUTS,
-    "FORMATS": FORMATS,
+    "LAYOUT_NUMBERS": LAYOUT_NUMBERS, "FORMATS": FORMATS,
 }  # fmt: skip

@@ -155,7 +155,12 @@ def _exported(plain: Scripted, inputs: Sequence[Any]) -> ExportedProgram:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter from logging what becomes one sentence."""
+    """Keep the exporter from logging what becomes one sentence, and from leaving hooks behind.
+
+    Where torch 2.11 fails, its hook on the buffers of all modules stays.
+    """
+    hooks: dict[int, Any] = torch.nn.modules.module._global_buffer_registration_hooks
+    known = list(hooks)
     names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
     loggers = list(map(logging.getLogger, _below(names)))
     before = [each.disabled for each in loggers]
@@ -164,6 +169,8 @@ def quiet_exporter() -> Iterator[None]:
     try:
         yield
     finally:
+        for key in [each for each in hooks if each not in known]:
+            del hooks[key]
         for each, disabled in zip(loggers, before, strict=True):
             each.disabled = disabled
 
@@ -271,6 +278,7 @@ def _body(
         text.add("with torch.no_grad():")
         text.add(f"    {text.value(updated[name])}.copy_({text.value(value)})")
     spec = captured.program.call_spec.out_spec
+    assert spec is not None, "a program has the structure of its results"
     old: Any = captured.program.graph.output_node().args[0]
     users = iter(values[count:])
     kept = old[len(old) - spec.num_leaves :]

@@ -50,15 +50,17 @@ class Text:
     attributes: dict[tuple[tuple[str, ...], str], Any] = field(default_factory=dict)
 
 
-def write_method(name: str, method: Any) -> Text:
+def write_method(name: str, method: Any, *, for_export: bool = False) -> Text:
     """The text of a method, with the names and the defaults of its arguments.
+
+    For an export a method raises where it would bind an attribute to a new tensor.
 
     Raises:
         Untranslatable: something in it has no form in Python.
     """
     checked_name(name, method=True)
     _, *arguments = method.schema.arguments
-    return _Writer(Text(name)).method(functions_inlined(method.graph), arguments)
+    return _Writer(Text(name), for_export).method(functions_inlined(method.graph), arguments)
 
 
 def functions_inlined(graph: Any) -> Any:
@@ -110,8 +112,9 @@ def _nodes(block: Any) -> Iterator[Any]:
 
 
 class _Writer:
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, for_export: bool) -> None:
         self.text = text
+        self.for_export = for_export
         self.depth = 1
         self.names: dict[str, str] = {}  # of values, by TorchScript's names
         self.paths: dict[str, tuple[str, ...]] = {}  # of modules
@@ -214,10 +217,11 @@ class _Writer:
         owner, value = node.inputs()
         path, name = self._path(owner), checked_name(node.s("name"))
         self.text.attributes[path, name] = value.type()
-        if value.type().kind() == "TensorType":  # an export would lose the new value
+        if value.type().kind() == "TensorType" and self.for_export:
             told = f"it binds {'.'.join((*path, name))} to a new tensor"
-            self._line(f"if torch.compiler.is_exporting(): raise RuntimeError({told!r})")
-        self._line(f"{_member(path, name)} = {self._use(value)}")
+            self._line(f"raise RuntimeError({told!r})")  # the export would lose it
+        else:
+            self._line(f"{_member(path, name)} = {self._use(value)}")
 
     def _path(self, value: Any) -> tuple[str, ...]:
         path = self.paths.get(value.debugName())

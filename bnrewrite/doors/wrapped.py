@@ -15,15 +15,17 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._higher_order_ops.wrap import wrap_with_autocast
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental import _config
 
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept
 from bnrewrite.capture.sources import ORIGIN, Kind
 from bnrewrite.capture.targets import is_in_place
 
 _GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
-_AUTOCAST: Any = torch._higher_order_ops.wrap.wrap_with_autocast
+_AUTOCAST: Any = wrap_with_autocast
 UPDATES = {
     InputKind.BUFFER: OutputKind.BUFFER_MUTATION,
     InputKind.PARAMETER: OutputKind.PARAMETER_MUTATION,
@@ -52,7 +54,7 @@ def users_graph(program: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
 
 def any_size() -> Any:
     """Inside, tracing does not ask whether a size is 0 or 1 where it can do without."""
-    config: Any = torch.fx.experimental._config
+    config: Any = _config
     return config.patch(backed_size_oblivious=True)
 
 
@@ -67,7 +69,7 @@ def _results(
         for node, given in zip(inputs, signature.input_specs, strict=True)
     }
     updates, users = [], []
-    values = fx.map_arg(program.graph.output_node().args[0], made.__getitem__)
+    values: Any = fx.map_arg(program.graph.output_node().args[0], made.__getitem__)
     for spec, value in zip(signature.output_specs, values, strict=True):
         if spec.kind in UPDATES.values():
             updates.append((owners[spec.target], value))
