@@ -106,8 +106,7 @@ def statistics_conditions(text: FunctionText, frozen: Sequence[fx.Node]) -> Iter
         groups.setdefault((float(eps), mean.meta["val"].dtype), []).append(node)
     for (eps, _), nodes in groups.items():
         means, variances = (
-            ", ".join(f"{text.value(node.args[place])}.reshape([-1])" for node in nodes)
-            for place in (3, 4)
+            ", ".join(text.vector(node.args[place]) for node in nodes) for place in (3, 4)
         )
         yield (
             f"bool((torch.cat([{means}]).abs() * torch.rsqrt(torch.cat([{variances}]) + {eps!r}))"

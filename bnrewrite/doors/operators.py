@@ -64,8 +64,10 @@ class Operators:
             return self._of_numbers(node, kind, [self._size(each) for each in given])
         if kind == "size" and tensors:
             return f"{texts[0]}.size({texts[1]})" if len(texts) > 1 else f"list({texts[0]}.size())"
-        if tensors:
+        if tensors and kind != "format":
             return filled(OF_TENSORS, kind, texts)
+        if kind == "format":
+            return f"formatted({', '.join(texts)})"
         written = filled(TEMPLATES, kind, texts)
         if kind in BINARY and len(texts) == 2:
             written = f"{texts[0]} {BINARY[kind]} {texts[1]}"
@@ -91,6 +93,8 @@ class Operators:
         if schema == "(no schema)":
             raise Untranslatable(f"it calls aten::{kind}, which has no schema")
         parsed = torch._C.parse_schema(schema)
+        if len(parsed.arguments) != len(given):
+            raise Untranslatable(f"it calls aten::{kind} with any number of arguments")
         arguments = [
             self._argument(argument, value, given)
             for argument, value in zip(parsed.arguments, given, strict=True)

@@ -43,6 +43,7 @@ TEMPLATES = {
     "values": "list({0}.values())",
     "__range_length": "range_length({0}, {1}, {2})",
     "_unwrap_optional": "{0}",
+    "warn": "None",  # nobody would read it
     "__derive_index": "{1} + {0} * {2}",
 }
 STATEMENTS = {  # that change a list or dictionary, and give it
@@ -75,6 +76,9 @@ OF_ATTRIBUTES = {  # prim
     "device": "{0}.device",
     "layout": "LAYOUT_NUMBERS[{0}.layout]",
     "is_cuda": "{0}.is_cuda",
+    "is_nested": "{0}.is_nested",
+    "is_quantized": "{0}.is_quantized",
+    "is_sparse": "{0}.is_sparse",
     "requires_grad": "{0}.requires_grad",
     "data": "{0}.data",
     "unchecked_cast": "{0}",
@@ -124,6 +128,13 @@ def floating(value: Any) -> Any:
     return torch.sym_float(value) if isinstance(value, torch.SymInt) else float(value)  # type: ignore[no-untyped-call]
 
 
+def formatted(text: str, *values: Any) -> str:
+    """TorchScript's `format`: each {} stands for one value; other fields mean nothing to it."""
+    for value in values:
+        text = text.replace("{}", str(value), 1)
+    return text
+
+
 def range_length(start: Any, stop: Any, step: Any) -> Any:
     """How many numbers a range has."""
     return max(0, (stop - start + step - (1 if step > 0 else -1)) // step)
@@ -131,6 +142,6 @@ def range_length(start: Any, stop: Any, step: Any) -> Any:
 
 NAMES: dict[str, Any] = {
     "torch": torch, "math": math, "integer": integer, "floating": floating,
-    "range_length": range_length, "NUMBERS": NUMBERS, "DTYPES": DTYPES, "LAYOUTS": LAYOUTS,
+    "range_length": range_length, "formatted": formatted, "NUMBERS": NUMBERS, "DTYPES": DTYPES, "LAYOUTS": LAYOUTS,
     "LAYOUT_NUMBERS": LAYOUT_NUMBERS, "FORMATS": FORMATS,
 }  # fmt: skip

@@ -93,19 +93,23 @@ def capture(
             found.append(Captured(program, *look_at(program, options, "script")))
         except Exception as error:  # whatever the user's code, or the exporter, raises
             reason = reason or sentence(error)
-    return found, None if found else reason
+    failures = [each.look.failure for each in found if each.look.failure is not None]
+    if not any(each.look.is_changed for each in found):
+        reason = next(iter(failures), reason)
+        return found, reason
+    return found, None
 
 
 def converted(
     scripted: torch.jit.ScriptModule, plain: Scripted, captured: Sequence[Captured]
 ) -> torch.jit.ScriptModule:
-    """The scripted module with a branch for each of what was captured.
+    """The scripted module with a branch for each of what was captured; itself without one.
 
     Raises:
         Untranslatable: TorchScript has no form for one of them.
     """
     branches = [_branch(scripted, plain, each) for each in captured if each.look.is_changed]
-    return install(scripted, branches)
+    return install(scripted, branches) if branches else scripted
 
 
 def _examples(inputs: Sequence[Any]) -> Iterator[list[Any]]:

@@ -89,6 +89,11 @@ class FunctionText:
             return str(value)
         raise Untranslatable(f"its graph holds a value of the type {type(value).__name__}")
 
+    def vector(self, statistic: Any) -> str:
+        """The text of a stored statistic as a vector."""
+        text = self.value(statistic)
+        return text if statistic.meta["val"].dim() == 1 else f"{text}.reshape([-1])"
+
     def result(self, values: Sequence[Any], spec: TreeSpec) -> str:
         """The text of what is returned, in the structure of the user's."""
         mine = iter(values)
@@ -142,7 +147,7 @@ class FunctionText:
         """A norm with stored statistics; the guard has looked at these."""
         x, weight, bias, mean, variance, eps = node.args
         texts = [self.value(each) for each in (x, weight, bias, mean, variance)]
-        flat = [*texts[:3], *(f"{each}.reshape([-1])" for each in texts[3:])]
+        flat = [*texts[:3], self.vector(mean), self.vector(variance)]
         if node not in self.exact:
             return f"torch.ops.aten.batch_norm({', '.join(flat)}, False, 0.0, {eps!r}, True)"
         shape = [-1, *[1] * (x.meta["val"].dim() - 2)]  # type: ignore[union-attr]
