@@ -107,7 +107,14 @@ def set_structure(model: Any) -> None:
     call["in_spec"] = json.dumps([1, leaf])
 
 
+def set_keys(model: Any) -> None:
+    call = model["graph_module"]["module_call_graph"][0]["signature"]
+    leaf = {"type": "builtins.dict", "context": '["x\'] or print(1)"]', "children_spec": []}
+    call["in_spec"] = json.dumps([1, leaf])
+
+
 HOSTILE_MODELS = [
+    (set_keys, "takes or returns a dictionary with the keys"),
     (set_target, "calls 'torch.hub.load_state_dict_from_url', which is not allowed"),
     (set_file_operator, r"calls 'torch\.ops\.aten\.from_file\.default', which is not allowed"),
     (set_size, "which is more than arithmetic"),
@@ -199,7 +206,7 @@ def test_expressions_of_sizes_are_taken(text: str) -> None:
     ],
 )
 def test_other_expressions_are_not(text: str) -> None:
-    with pytest.raises(ArchiveError, match="has the size"):
+    with pytest.raises(ArchiveError, match=r"which is (more than arithmetic|no expression)"):
         _check_expression("users.pt2", text)
 
 
@@ -238,6 +245,16 @@ def test_a_hostile_script_is_refused(model: nn.Module, tmp_path: Path, sentence:
         bnrewrite.optimize(path, example_inputs=(torch.zeros(4),))
 
 
+def test_an_object_of_a_compiled_class_is_refused(tmp_path: Path) -> None:
+    def with_class(code: bytes) -> bytes:
+        return code + b"\n  thing : __torch__.torch.classes.profiling.SourceRef\n"
+
+    users = save(script(LayerNorm(6)), tmp_path / "users.pt")
+    path = altered(users, tmp_path / "hostile.pt", {"code/__torch__/door_models.py": with_class})
+    with pytest.raises(ArchiveError, match="holds an object of a compiled class, which is not"):
+        bnrewrite.optimize(path, example_inputs=(torch.zeros(2, 6),))
+
+
 def test_a_pickle_in_a_script_is_read_and_not_executed(tmp_path: Path) -> None:
     users = save(script(LayerNorm(6)), tmp_path / "users.pt")
     bomb = pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2)
@@ -263,7 +280,11 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     whole = program.read_bytes()
     for name, content, sentence in (
         ("half.pt2", whole[: len(whole) // 2], r"half\.pt2 is damaged"),
-        ("text.pt", b"a text", r"text\.pt is no archive"),
+        (
+            "text.pt",
+            b"a text",
+            r"is no archive of torch\.export\.save or torch\.jit\.save, or it is",
+        ),
         ("empty.pt", b"", r"empty\.pt is no archive"),
     ):
         path = tmp_path / name
@@ -273,10 +294,17 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     path = altered(program, tmp_path / "a.pt2", {"models/model.json": b"{"})
     with pytest.raises(ArchiveError, match="is damaged"):
         bnrewrite.optimize(path)
+    path = altered(program, tmp_path / "c.pt2", {"models/model.json": b"[" * 200_000})
+    with pytest.raises(ArchiveError, match="is nested too deeply"):
+        bnrewrite.optimize(path)
+    config = "data/weights/model_weights_config.json"
+    path = altered(program, tmp_path / "d.pt2", {config: b'{"config": 3}'})
+    with pytest.raises(ArchiveError, match="is damaged: a list of tensors is none"):
+        bnrewrite.optimize(path)
     path = altered(program, tmp_path / "b.pt2", {"models/model.json": b"{}"})
     with pytest.raises(ArchiveError, match="does not load"):
         bnrewrite.optimize(path)
-    with pytest.raises(ArchiveError, match="is a directory"):
+    with pytest.raises(ArchiveError, match=r"is a directory; give the \.pt or \.pt2 file"):
         bnrewrite.optimize(tmp_path)
     with pytest.raises(FileNotFoundError):
         bnrewrite.optimize(tmp_path / "nowhere.pt2")

@@ -248,12 +248,56 @@ class Asking(OfData):
         return y if x.requires_grad else x
 
 
+class Keeping(OfData):
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = [torch.ones(6)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        return y * self.rows[0]
+
+
+class Updating(OfData):
+    def forward(self, x: Tensor) -> Tensor:
+        x.add_(1)
+        y: Tensor = self.norm(x)
+        return y
+
+
+class Root(OfData):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        return y if float(x.size(0)) ** 0.5 > 1.2 else x
+
+
+class Reading(OfData):
+    def forward(self, x: Tensor, path: str = "x") -> Tensor:
+        y: Tensor = self.norm(x)
+        return y if x.size(0) > 1 else torch.from_file(path, False, 6)
+
+
+class Sorting(OfData):
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = [x.size(1), x.size(0)]
+        sizes.sort()
+        y: Tensor = self.norm(x)
+        return y * sizes[0]
+
+
 @pytest.mark.parametrize(
     ("users", "inputs", "sentence"),
     [
         (OfData(), torch.randn(2, 6), "Could not guard on data-dependent expression"),
         (OfList(), ([torch.randn(2, 6)],), "its input 0 is a list, neither tensor nor number"),
         (ForumNet(), images(), "it binds running_mean to a new tensor"),
+        (Keeping(), torch.randn(2, 6), r"its attribute rows, a List\[Tensor\], may change"),
+        (Updating(), torch.randn(2, 6), "it updates an input in place"),
+        (Root(), torch.randn(2, 6), "it asks for .* of its sizes"),
+        (Reading(), torch.randn(2, 6), "it calls aten::from_file, which reads or writes files"),
+        (Sorting(), torch.randn(2, 6), "it calls aten::sort, which changes a list or a dictionary"),
         (Asking(), torch.randn(2, 6), "it asks whether gradients are recorded"),
     ],
 )

@@ -1,6 +1,7 @@
 """Scripted modules in training: a module that Python runs, with both modes and every method."""
 
 import copy
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -134,6 +135,59 @@ def test_every_construct_computes_the_same() -> None:
         assert model.scale == 3
 
 
+class Arithmetic(nn.Module):
+    """What TorchScript computes itself, without ATen."""
+
+    def forward(self, x: Tensor, n: int, f: float) -> list[Tensor]:
+        whole = [n // 3, -n // 3, n % 3, -n % 3, n & 3, n << 2, int(-2.5), int(f), math.floor(-2.5)]
+        broken = [n**2 / 7, 2.0**n, float(n) ** -1, f // 0.3, f % 0.3, n * f, math.sqrt(n), n / 2]
+        numbers = [1, 2, 3, 4, 5]
+        same = numbers
+        same.append(n)
+        same += numbers[1:-1] + numbers[::2] + numbers[-2:] + [0] * n
+        same[1] = max(n, 3) + min([n, 2, 9]) + abs(-n)
+        found = {"a": 1, "b": n}
+        found["c"] = len(found)
+        total = int("b" in found) + int(n in [1, 5])
+        for key in found:
+            total = total * 2 + found[key]
+        for i in range(10, 0, -3):
+            if i == 4:
+                continue
+            total = total * 10 + i
+        left = n
+        while left > 0:
+            left -= 2
+            if total > 10**6:
+                break
+            total += left * left
+        pair = (n, [1, n])
+        first, rest = pair
+        y = x.clone()
+        y += first + rest[1] + total
+        y[0] = 5
+        y[:, 1] *= 3
+        y = y if n > 3 and not f > 0.9 else -y
+        rows = [[i] * 2 for i in range(3)]
+        return [
+            torch.tensor(whole),
+            torch.tensor(broken),
+            torch.tensor(numbers),
+            y,
+            torch.tensor(rows),
+        ]
+
+
+def test_numbers_and_containers_are_computed_the_same() -> None:
+    scripted = script(Arithmetic())
+    for each in (scripted, reloaded(scripted)):
+        model = plain_module(each)
+        for n, f in ((5, 0.7), (3, 2.3)):
+            x = torch.randn(2, 2)
+            for mine, other in zip(scripted(x, n, f), model(x, n, f), strict=True):
+                torch.testing.assert_close(other, mine, rtol=0, atol=0)
+
+
 def test_the_copy_has_tensors_of_its_own() -> None:
     model = plain_module(script(Net(BatchNorm(4))))
     copied = copy.deepcopy(model)
@@ -168,9 +222,20 @@ class Inner(nn.Module):
         return y
 
 
+def hooked() -> nn.Module:
+    model = LayerNorm(6)
+
+    def twice(self: LayerNorm, given: tuple[Tensor], result: Tensor) -> Tensor:
+        return result * 2
+
+    model.register_forward_hook(twice)
+    return model
+
+
 @pytest.mark.parametrize(
     ("users", "sentence"),
     [
+        (Inner(hooked()), "inner: it has hooks"),
         (Naming(), "the module: it calls prim::Print"),
         (Inner(Naming()), "inner: it calls prim::Print"),
         (Tupled(), "it makes a named tuple"),

@@ -53,6 +53,8 @@ class _Building:
         self.parameters: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # by id of the tensor
 
     def module(self, scripted: Any, prefix: str) -> Scripted:
+        if scripted._get_forward_hooks() or scripted._get_forward_pre_hooks():
+            raise Untranslatable(f"{prefix.rstrip('.') or 'the module'}: it has hooks")
         module = self._kind(scripted, prefix)()
         parameters: Any = torch._C.ParameterDict(scripted)
         buffers: Any = torch._C.BufferDict(scripted)

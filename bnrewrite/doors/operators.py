@@ -6,6 +6,7 @@ aten::add(%height, %1)          v4 + 1
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from bnrewrite.doors.plain import (
 
 _OF_SIZES = {"add": "+", "sub": "-", "mul": "*", "floor_divide": "//", "remainder": "%"}
 _OF_TWO = ("add", "sub", "mul", "div")
+_CHANGES_A_CONTAINER = re.compile(r"[\])]\(\w+!")  # int[](a!), Dict(str, t)(a!)
 _UNSAFE = {"from_file", "save", "load"}
 
 
@@ -92,6 +94,8 @@ class Operators:
         schema = node.schema()
         if schema == "(no schema)":
             raise Untranslatable(f"it calls aten::{kind}, which has no schema")
+        if _CHANGES_A_CONTAINER.search(schema):  # from Python it would change a copy
+            raise Untranslatable(f"it calls aten::{kind}, which changes a list or a dictionary")
         parsed = torch._C.parse_schema(schema)
         if len(parsed.arguments) != len(given):
             raise Untranslatable(f"it calls aten::{kind} with any number of arguments")

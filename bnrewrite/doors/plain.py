@@ -142,6 +142,6 @@ def range_length(start: Any, stop: Any, step: Any) -> Any:
 
 NAMES: dict[str, Any] = {
     "torch": torch, "math": math, "integer": integer, "floating": floating,
-    "range_length": range_length, "formatted": formatted, "NUMBERS": NUMBERS, "DTYPES": DTYPES, "LAYOUTS": LAYOUTS,
-    "LAYOUT_NUMBERS": LAYOUT_NUMBERS, "FORMATS": FORMATS,
+    "range_length": range_length, "formatted": formatted, "NUMBERS": NUMBERS, "DTYPES": DTYPES,
+    "LAYOUTS": LAYOUTS, "LAYOUT_NUMBERS": LAYOUT_NUMBERS, "FORMATS": FORMATS,
 }  # fmt: skip

@@ -71,10 +71,7 @@ def check_program(path: Path, reader: Any, names: list[str]) -> None:
             _check_payloads(path, reader, name)
         elif name.startswith((_WEIGHTS, _CONSTANTS, _SAMPLES)) and name.endswith(".pt"):
             _check_pickle(path, name, reader.get_record(name))
-    try:
-        _check_model(path, _json(path, reader.get_record(models[0])), "")
-    except RecursionError:
-        raise ArchiveError(f"{path} is nested too deeply") from None
+    _check_model(path, _json(path, reader.get_record(models[0])), "")
 
 
 def _check_payloads(path: Path, reader: Any, name: str) -> None:
@@ -195,6 +192,8 @@ def _json(path: Path, text: bytes) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ArchiveError(f"{path} is damaged: {error}") from error
+    except RecursionError:
+        raise ArchiveError(f"{path} is nested too deeply") from None
 
 
 def _items(path: Path, value: Any) -> list[tuple[str, dict[str, Any]]]:
