@@ -95,7 +95,7 @@ def optimize_given(
             "a scripted module in evaluation needs example_inputs=(x, ...), the arguments of a "
             "call; in training it needs none"
         )
-    return _optimized_script(loaded, options, checked_inputs(loaded, example_inputs))
+    return _optimized_script(loaded, options, example_inputs)
 
 
 def explain_given(given: Given, args: tuple[Any, ...], options: Options) -> Report | Scripted:
@@ -174,10 +174,12 @@ def _optimized_program(program: ExportedProgram, options: Options) -> ExportedPr
 
 
 def _optimized_script(
-    scripted: torch.jit.ScriptModule, options: Options, inputs: list[Any]
+    scripted: torch.jit.ScriptModule, options: Options, example_inputs: Any
 ) -> torch.jit.ScriptModule:
+    """The scripted module; it runs on the example once all its operators are known to be ATen's."""
     try:
         plain = plain_module(scripted, for_export=True)
+        inputs = checked_inputs(scripted, example_inputs)
         captured, reason = capture(plain, inputs, options)
         if reason is None:
             return converted(scripted, plain, captured)

@@ -94,10 +94,9 @@ def capture(
         except Exception as error:  # whatever the user's code, or the exporter, raises
             reason = reason or sentence(error)
     failures = [each.look.failure for each in found if each.look.failure is not None]
-    if not any(each.look.is_changed for each in found):
-        reason = next(iter(failures), reason)
-        return found, reason
-    return found, None
+    if any(each.look.is_changed for each in found):
+        return found, None
+    return found, next(iter(failures), None if found else reason)
 
 
 def converted(
