@@ -73,6 +73,8 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     if options.kernels == "auto" and found.kind == "rms_norm":
         eager = options.stage == "eager"  # rms_norm is no operation of its own on a CPU
         native = native and not has_fast_norm(reading, found, eager=eager)
+        if options.stage == "script":
+            native = native and found.linear.source.meta["val"].device.type != "cpu"  # 1.2 to 1.5
     return "native" if native else "composite"
 
 
@@ -91,6 +93,7 @@ def _loses_digits(rewriting: Rewriting, found: Match) -> bool:
     """
     reading = rewriting.reading
     assert reading is not None
-    if found.kind != "affine" or rewriting.options.stage == "eager":
+    looks = rewriting.options.stage in ("eager", "script")  # at the statistics, when the graph runs
+    if found.kind != "affine" or looks:
         return False
     return centre(reading, found) is not None and not has_small_means(reading, found)
