@@ -92,7 +92,7 @@ class Nodes:
                 first = self.call(combine, first, other)
             self.sizes[size] = first
             return first
-        if size.is_Pow and size.exp.is_Integer and size.exp > 0:
+        if isinstance(size, sympy.Pow) and size.exp.is_Integer and size.exp > 0:
             base = self.extent(cast(sympy.Expr, size.base))
             self.sizes[size] = self.call(operator.pow, base, int(size.exp))
             return self.sizes[size]
