@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import explain, optimize
-from bnrewrite.kernels.generated import build, call, norm, runtime
+from bnrewrite.kernels.generated import build, call, kernel, norm, runtime
 from bnrewrite.kernels.generated.build import NoCompiler, library, why_no_kernels
 
 ANSWER = 'extern "C" int answer() { return 42; }'
@@ -33,6 +33,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 def forget() -> None:
     build.compiler.cache_clear()
     why_no_kernels.cache_clear()
+    kernel.compiled_functions.cache_clear()
 
 
 def answer() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bnrewrite import explain, optimize
-from bnrewrite.kernels.generated import kernel
+from bnrewrite.kernels.generated import kernel, runtime
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 KEEP: dict[str, Any] = {"dim": -1, "keepdim": True}
@@ -223,6 +223,18 @@ def test_sizes_that_change_from_call_to_call() -> None:
     for rows in (2, 5, 3, 1):
         x = torch.randn(rows, 4, 24)
         torch.testing.assert_close(model(x), users(x))
+
+
+def test_more_sizes_than_are_remembered() -> None:
+    """Each has its backward, also those that were forgotten before it."""
+    runtime.build()
+    users = Rows()
+    model = optimize(copy.deepcopy(users), backend="eager", kernels="generated", dynamic=True)
+    inputs = [torch.randn(rows, 4, 24, requires_grad=True) for rows in range(2, 72)]
+    for values in ([model(x) for x in inputs], [users(x) for x in inputs]):
+        for value in values:
+            (value * value.detach().sin()).sum().backward()
+    torch.testing.assert_close(model.weight.grad, users.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_of_two_axes_that_are_returned() -> None:

@@ -15,6 +15,8 @@ from .program import parse
 from .record import Recorded, are_plain, forward
 from .reference import reference
 
+MOST = 4096  # shapes whose kernels are remembered
+
 _kernels: dict[Any, Kernel | None] = {}
 
 
@@ -67,6 +69,8 @@ def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     try:
         return _kernels[key]
     except KeyError:
+        if len(_kernels) >= MOST:
+            _kernels.clear()
         found = _kernels[key] = made_for(text, x, tensors)
         if found is not None:
             runtime.add(text, found, (x, *tensors))

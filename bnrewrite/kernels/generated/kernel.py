@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,20 +95,15 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     tensors = tensors[: len(program.tensors)]
     dtypes = (x.dtype, result, *[t.dtype for t in tensors])
     source = Source(text, layout, tuple(str(d).removeprefix("torch.") for d in dtypes))
-    try:
-        body = columns_source(source) if layout.columns else rows_source(source)
-        compiled = library(body, source.single)
-    except Unprintable:
-        return None
-    except NoCompiler as reason:
-        logger.warning("a norm runs without a kernel of its own: %s", reason)
+    functions = compiled_functions(source)
+    if functions is None:
         return None
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
     orders = (_order(own, layout.order(i), sizes) for i, own in enumerate(program.tensors))
     return Kernel(
-        forward=compiled.forward,
-        backward=compiled.backward,
+        forward=functions.forward,
+        backward=functions.backward,
         copies=strides != x.stride(),
         loops=lengths,
         extents=list(sizes.values()),
@@ -123,6 +119,19 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         updates=len(program.updates),
         residual=program.residual,
     )
+
+
+@cache
+def compiled_functions(source: Source) -> ctypes.CDLL | None:
+    """The library of a source; None where there is none."""
+    try:
+        body = columns_source(source) if source.layout.columns else rows_source(source)
+        return library(body, source.single)
+    except Unprintable:
+        return None
+    except NoCompiler as reason:
+        logger.warning("a norm runs without a kernel of its own: %s", reason)
+        return None
 
 
 def _fits(program: Program, x: Tensor, tensors: Sequence[Tensor]) -> bool:

@@ -33,7 +33,7 @@ struct Order {
   Numbers sizes, places;
 };
 
-struct Kernel {
+struct Kernel : torch::CustomClassHolder {
   Numbers shape, strides, counts, dtypes; // of x; of x and the tensors
   Function forward, backward;
   bool copies, residual;
@@ -47,7 +47,10 @@ struct Kernel {
   PyObject *reference;
 };
 
-std::vector<std::vector<std::unique_ptr<Kernel>>> programs;
+constexpr size_t MOST = 64; // shapes of a program that are looked for here, the latest first
+
+using Found = c10::intrusive_ptr<Kernel>;
+std::vector<std::vector<Found>> programs;
 
 // A new tensor in the layout of another, without a way through the dispatcher.
 Tensor fresh(const Tensor &like, at::ScalarType dtype) {
@@ -145,7 +148,7 @@ variable_list of_reference(const Kernel &kernel, const variable_list &given, con
 }
 
 struct Norm : torch::autograd::Function<Norm> {
-  static variable_list forward(AutogradContext *context, const Kernel *kernel, at::TensorList given) {
+  static variable_list forward(AutogradContext *context, const Found &kernel, at::TensorList given) {
     const Tensor &x = given[0];
     variable_list tensors(given.begin() + 1, given.end());
     auto [made, moments] = run(*kernel, x, tensors);
@@ -160,13 +163,14 @@ struct Norm : torch::autograd::Function<Norm> {
       saved.push_back(!used ? Tensor() : i >= count || has(kernel->free) ? tensors[i] : tensors[i].clone());
     }
     context->save_for_backward(std::move(saved));
-    context->saved_data["kernel"] = reinterpret_cast<int64_t>(kernel);
+    context->saved_data["kernel"] = c10::IValue::make_capsule(kernel);
     if (made.size() > 1) context->mark_non_differentiable(variable_list(made.begin() + 1, made.end()));
     return made;
   }
 
   static variable_list backward(AutogradContext *context, const variable_list &cotangents) {
-    const Kernel &kernel = *reinterpret_cast<const Kernel *>(context->saved_data["kernel"].toInt());
+    const auto held_kernel = context->saved_data["kernel"].toCapsule();
+    const Kernel &kernel = *static_cast<const Kernel *>(held_kernel.get());
     variable_list saved = context->get_saved_variables();
     const Tensor &x = saved[0], &moments = saved[1], &y = saved[2];
     const size_t given = saved.size() - 2, count = kernel.orders.size(); // x, tensors, residual
@@ -207,23 +211,26 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 };
 
-const Kernel *find(const std::vector<std::unique_ptr<Kernel>> &kernels, const variable_list &given) {
+Found find(std::vector<Found> &kernels, const variable_list &given) {
   const Tensor &x = given[0];
-  for (const auto &kernel : kernels) {
+  for (size_t place = 0; place < kernels.size(); ++place) {
+    const Found kernel = kernels[place];
     bool same = x.sizes() == at::IntArrayRef(kernel->shape) && x.strides() == at::IntArrayRef(kernel->strides);
     same = same && given.size() == kernel->dtypes.size();
     for (size_t i = 0; same && i < given.size(); ++i)
       same = int64_t(given[i].scalar_type()) == kernel->dtypes[i] && given[i].numel() == kernel->counts[i];
     if (same && kernel->residual) same = given.back().sizes() == x.sizes();
-    if (same) return kernel.get();
+    if (!same) continue;
+    if (place > 0) std::swap(kernels[place], kernels[place - 1]);
+    return kernel;
   }
-  return nullptr;
+  return {};
 }
 
 PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (is_observed()) Py_RETURN_NONE;
-  const auto &kernels = programs[PyLong_AsSize_t(arguments[0])];
+  auto &kernels = programs[PyLong_AsSize_t(arguments[0])];
   variable_list given;
   given.reserve(count - 1);
   bool recorded = false;
@@ -233,8 +240,8 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     if (!is_plain(given.back())) Py_RETURN_NONE;
     recorded = recorded || given.back().requires_grad();
   }
-  const Kernel *kernel = find(kernels, given);
-  if (kernel == nullptr) Py_RETURN_NONE;
+  const Found kernel = find(kernels, given);
+  if (!kernel) Py_RETURN_NONE;
   variable_list made;
   {
     pybind11::gil_scoped_release without_lock;
@@ -267,7 +274,7 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
     for (int64_t &value : result) value = PyLong_AsLongLong(PyList_GET_ITEM(numbers, place++));
     return result;
   };
-  auto kernel = std::make_unique<Kernel>();
+  auto kernel = c10::make_intrusive<Kernel>();
   kernel->reference = Py_NewRef(arguments[1]);
   kernel->shape = list(), kernel->strides = list(), kernel->counts = list(), kernel->dtypes = list();
   const Numbers plain = list();
@@ -283,7 +290,9 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
   kernel->kept.sizes = list(), kernel->kept.places = list();
   kernel->orders.resize(plain[10]);
   for (Order &order : kernel->orders) order.sizes = list(), order.places = list();
-  programs[PyLong_AsSize_t(arguments[0])].push_back(std::move(kernel));
+  auto &kernels = programs[PyLong_AsSize_t(arguments[0])];
+  if (kernels.size() == MOST) kernels.pop_back();
+  kernels.insert(kernels.begin(), std::move(kernel));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

@@ -112,7 +112,12 @@ def _register(text: str, kernel: Kernel, kinds: Kinds) -> None:
     for order in kernel.orders:
         lists += order or ([], [])
     numbers = [int(value) for one in lists for value in (len(one), *one)]
-    _module.add(_programs[text], functools.partial(of_reference, text), numbers)
+    _module.add(_programs[text], _reference(text), numbers)
+
+
+@functools.cache
+def _reference(text: str) -> functools.partial[Any]:
+    return functools.partial(of_reference, text)
 
 
 def _address(function: Any) -> int:
