@@ -212,6 +212,13 @@ def test_what_has_no_kernel_runs_by_operations() -> None:
         norm(text, x, torch.ones(3), one)
 
 
+def test_a_default_device_is_not_where_moments_are_written() -> None:
+    text, x, one = PROGRAMS["layer"], torch.randn(3, 5, 37), torch.ones(37)
+    expected = norm(text, x, one, one)
+    with torch.device("meta"):
+        assert torch.equal(norm(text, x, one, one), expected)
+
+
 def test_cotangents_in_another_layout() -> None:
     text, x = PROGRAMS["layer"], torch.randn(3, 5, 37, requires_grad=True)
     weight, bias = torch.ones(37), torch.zeros(37)

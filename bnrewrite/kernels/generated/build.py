@@ -120,7 +120,7 @@ def _compile(text: str, command: list[str], path: Path) -> None:
         try:
             run = subprocess.run(
                 [*command, "-o", str(made), str(source), *_openmp()],
-                capture_output=True, text=True, timeout=120, check=False,
+                capture_output=True, text=True, errors="replace", timeout=120, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NoCompiler(f"{command[0]} did not run: {error}") from error

@@ -247,7 +247,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     tensors, residual = _parted(kernel, x, given)
     y = torch.empty_like(x, dtype=kernel.result)
-    both = torch.empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.dtype)
+    both = x.new_empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.dtype)
     moments, new = both[: kernel.saved], both[kernel.saved :]
     dense = [_dense(t, order) for t, order in zip(tensors, kernel.orders, strict=True)]
     kernel.forward(
