@@ -15,13 +15,12 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from .build import NoCompiler, library
-from .columns import columns_source
+from .build import NoCompiler
+from .compiled import compiled
 from .layout import Layout, arrange
 from .printing import Source, Unprintable
 from .program import Program, parse
 from .reference import reference
-from .rows import rows_source
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +161,7 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     )
     source = Source(text, layout, dtypes)
     try:
-        body = columns_source(source) if layout.columns else rows_source(source)
-        compiled = library(body, source.single)
+        functions = compiled(source)
     except Unprintable:
         return None
     except NoCompiler as reason:
@@ -172,8 +170,8 @@ def _made(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
     return Kernel(
-        forward=compiled.forward,
-        backward=compiled.backward,
+        forward=functions.forward,
+        backward=functions.backward,
         copies=strides != x.stride(),
         loops=(ctypes.c_int64 * len(lengths))(*lengths),
         elements=x.numel(),
