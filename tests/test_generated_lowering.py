@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 from bnrewrite import explain, optimize
 from bnrewrite.kernels.generated import call
+from bnrewrite.passes import lower
+from bnrewrite.passes.nodes import Unwritable
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 KEEP: dict[str, Any] = {"dim": -1, "keepdim": True}
@@ -251,6 +253,51 @@ def test_squares_of_distances_are_not_added_up_from_rounded_parts(size: int) -> 
     exact = distance(x.double(), of.double())
     user = (distance(x, of) - exact).abs().max()
     assert (generated(distance)(x, of) - exact).abs().max() <= 3 * user
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(**KEEP)) / (x.std(**KEEP) + 1e-3)
+
+
+WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "a mean of magnitudes": (
+        lambda x, _: (x - x.mean(**KEEP)) / (x.abs().mean(**KEEP) + 1),
+        "another statistic than the mean and the variance",
+    ),
+    "statistics of two axes": (
+        lambda x, _: (x - x.mean(0)) / (x.std(**KEEP) + 1e-3),
+        "another statistic than the mean and the variance",
+    ),
+    "a variance of each element": (
+        lambda x, w: (x - x.mean(**KEEP)) / (x.var(**KEEP) + w[0].square()).sqrt(),
+        "a function of a statistic and of a tensor inside its group",
+    ),
+    "a rounded distance": (
+        lambda x, w: standardised(x) * (x.mean(**KEEP) - 99 - w[:, :1]).pow(2),
+        "a sum in it would lose digits in another order of operations",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_what_has_no_kernel_takes_another_lowering(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, reason = WITHOUT_KERNEL[name]
+    reasons: list[str] = []
+    write = lower.write_generated
+
+    def watched(*given: Any) -> Any:
+        try:
+            return write(*given)
+        except Unwritable as raised:
+            reasons.append(str(raised))
+            raise
+
+    monkeypatch.setattr(lower, "write_generated", watched)
+    x, w = torch.randn(6, 64), torch.randn(6, 64)
+    torch.testing.assert_close(generated(function)(x, w), function(x, w))
+    assert reason in reasons
 
 
 def test_the_sizes_from_which_a_kernel_is_chosen() -> None:
