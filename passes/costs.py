@@ -27,7 +27,7 @@ from bnrewrite.algebra.axes import Axis, Dims
 from .nodes import current
 
 LONGEST_NORM = 4096
-SMALLEST_KERNEL = 8192  # elements; below, what surrounds a kernel costs more than it saves
+SMALLEST_KERNEL = 1024  # elements; below, what surrounds a kernel costs more than it saves
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SMALLEST_RMS = 16384  # elements; below, the number of operations counts
 

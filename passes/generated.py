@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -35,6 +36,7 @@ from bnrewrite.algebra.expression import (
 from bnrewrite.kernels import check_program, norm, norm_with_updates
 
 from .nodes import Unwritable, aten, current
+from .rewriting import Epilogue
 from .state import BatchState, Update
 from .writing import Writing
 
@@ -43,8 +45,8 @@ LOST = "a sum in it would lose digits in another order of operations"
 HIGHEST = 2  # degree up to which double precision keeps what a sum in single precision keeps
 
 
-def write_generated(writing: Writing, state: BatchState) -> fx.Node:
-    """The node of the generated lowering; returns the replacement.
+def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | None) -> fx.Node:
+    """The node of the generated lowering; returns the replacement, of the epilogue too.
 
     Raises:
         Unwritable: the formula has no kernel.
@@ -52,7 +54,11 @@ def write_generated(writing: Writing, state: BatchState) -> fx.Node:
     text = _Text(writing, state.updates)
     x = current(writing.match.linear.source)
     target: Callable[..., Any] = norm_with_updates if state.updates else norm
-    made = writing.emitter.call(target, text.program(), x, *text.nodes)
+    if epilogue is not None:
+        writing.emitter.before = epilogue.last
+    written = text.program(epilogue)
+    residual = [] if epilogue is None or epilogue.residual is None else [epilogue.residual]
+    made = writing.emitter.call(target, written, x, *text.nodes, *residual)
     if not state.updates:
         return writing.finish(made, writing.match.linear.index)
     value = writing.emitter.call(operator.getitem, made, 0)
@@ -79,7 +85,7 @@ class _Text:
         self.centre, self.shift = self._centred()
         self.special, self.variances, self.about_zero = self._moments()
 
-    def program(self) -> str:
+    def program(self, epilogue: Epilogue | None) -> str:
         """The text, of which every part has a kernel."""
         found = self.match
         if len(self.axes) > 26:
@@ -97,6 +103,8 @@ class _Text:
             parts.append(f"u{place} = {self.sum(update.value)}")
         if self.writing.result_dtype != dtype_of(found.linear.source):
             parts.append(f"to {str(self.writing.result_dtype).removeprefix('torch.')}")
+        if epilogue is not None:
+            parts += [epilogue.activation] + ["residual"] * (epilogue.residual is not None)
         zero = " about zero" if self.about_zero else ""
         text = "; ".join([f"x[{self._dims()}] over {over}{zero}", *self.heads, *parts])
         reason = check_program(text)
@@ -212,7 +220,8 @@ class _Text:
             raise Unwritable(LOST)
         if statistic and factor.constant == 1:
             return self._term(statistic, 1)
-        if len([m for m in factor.terms if m]) > 1 or not self._is_plain(factor):
+        several = len([m for m in factor.terms if m]) > 1 or not self._is_plain(factor)
+        if several and self.ring.raw(factor):
             if exact:
                 raise Unwritable(LOST)
             written = self._written(factor)
@@ -267,13 +276,13 @@ class _Text:
         return self.tensors[base.id]
 
     def _extent(self, base: Extent) -> str:
-        """A symbolic size, where it is a part of the number of elements."""
-        count = self.ring.count(self.match.over)
-        if len(count.terms) == 1:
-            ((monomial, number),) = count.terms.items()
-            if monomial == ((base.id, 1),):
-                return f"(N*({_number(Fraction(1) / Fraction(number))}))"
-        raise Unwritable("a size that is not that of its groups")
+        """A symbolic size by the extents of the axes of x."""
+        size = sympy.sympify(base.size)
+        known = {a.size: sympy.Symbol(f"N{letter}") for a, letter in self.axes.items()}
+        size = size.xreplace({s: known[s] for s in size.free_symbols if s in known})
+        if not all(str(symbol).startswith("N") for symbol in size.free_symbols):
+            raise Unwritable("a size that is none of its axes'")
+        return f"({size})"
 
     def _tensor(self, base: Atom) -> str:
         node, linear = base.source, self.match.linear

@@ -137,8 +137,11 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         reason = "one of its sizes is read out of a tensor, and known only when the graph runs"
         decision.refusal = Refusal(reason, found.node)
         return
-    found.node.replace_all_uses_with(replacement)
-    found.node.meta["replaced_by"] = replacement
+    replaced = found.node
+    if decision.lowering == "generated" and decision.epilogue is not None:
+        replaced = decision.epilogue.last
+    replaced.replace_all_uses_with(replacement)
+    replaced.meta["replaced_by"] = replacement
     for old, new in state.replaced.items():
         _replace_value(rewriting, old, new)
         statistics.made_of[found.linear.source].pop(old)
@@ -154,7 +157,8 @@ def _written(
     assert rewriting.reading is not None
     if decision.lowering == "generated":
         try:
-            return write_generated(_writing(rewriting, found, statistics, None), state)
+            writing = _writing(rewriting, found, statistics, None)
+            return write_generated(writing, state, decision.epilogue)
         except (Unwritable, Opaque):
             decision.lowering = decision.otherwise
             state.replaced.clear()

@@ -69,7 +69,7 @@ class Nodes:
         values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         if target in SCALAR_ARGUMENTS:
             values = tuple(0.5 if isinstance(v, torch.SymFloat) else v for v in values)
-        mode = detect_fake_mode(values)
+        mode = detect_fake_mode((values, self.before.meta.get("val")))  # a constant has no fake
         if mode is None:
             node.meta["val"] = target(*values, **keywords)
         else:
@@ -92,6 +92,10 @@ class Nodes:
                 first = self.call(combine, first, other)
             self.sizes[size] = first
             return first
+        if size.is_Pow and size.exp.is_Integer and size.exp > 0:
+            base = self.extent(cast(sympy.Expr, size.base))
+            self.sizes[size] = self.call(operator.pow, base, int(size.exp))
+            return self.sizes[size]
         raise Unwritable(f"the size {size} cannot be read from the norm's input")
 
     def sizes_of(self, node: fx.Node) -> None:

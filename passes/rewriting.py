@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from bnrewrite.algebra import Match, Reading, chain, formula
 from bnrewrite.algebra.anchors import REDUCTIONS
@@ -25,13 +26,29 @@ class Refusal:
     at: fx.Node
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows a norm, element by element.
+
+    Attributes:
+        activation: its name.
+        residual: what is added before it, or None.
+        last: the node whose value the kernel computes.
+    """
+
+    activation: str
+    residual: fx.Node | None
+    last: fx.Node
+
+
 @dataclass
 class Decision:
     """A recognised norm and what becomes of it.
 
     Attributes:
-        lowering: "native", "generated" or "composite" once planned.
+        lowering: "native", "generated" or "composite" once planned, "fold" once folded.
         otherwise: what it is where the formula has no kernel.
+        epilogue: what a kernel may compute along with it.
         refusal: why it stays, where it stays.
         state: paths of the buffers that are updated from the site's moments.
     """
@@ -39,6 +56,7 @@ class Decision:
     match: Match
     lowering: str | None = None
     otherwise: str | None = None
+    epilogue: Epilogue | None = None
     refusal: Refusal | None = None
     notes: list[str] = field(default_factory=list)
     state: list[str] = field(default_factory=list)
@@ -46,11 +64,24 @@ class Decision:
 
 
 class Rewriting:
-    """One run of the pipeline over one graph."""
+    """One run of the pipeline over one graph.
 
-    def __init__(self, canonical: Canonical, options: Options) -> None:
+    Args:
+        canonical: the graph.
+        options: what may be done.
+        constants: values of parameters and buffers by the names of their placeholders, where they
+            never change any more; None where they may.
+    """
+
+    def __init__(
+        self,
+        canonical: Canonical,
+        options: Options,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.canonical = canonical
         self.options = options
+        self.constants = constants
         self.reading: Reading | None = None
         self.decisions: list[Decision] = []
         for node, given in zip(self.placeholders(), canonical.inputs, strict=True):

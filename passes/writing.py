@@ -220,7 +220,7 @@ class Writing:
         wanted, found = self.match.node.meta["val"], node.meta["val"]
         if _strides(wanted) == _strides(found):
             return node
-        order = sorted(range(wanted.dim()), key=lambda d: -_hint(wanted.stride(d)))
+        order = sorted(range(wanted.dim()), key=lambda d: -hint(wanted.stride(d)))
         if order == sorted(order):
             return self.emitter.call(aten.contiguous.default, node)
         node = self.emitter.call(aten.permute.default, node, order)
@@ -244,7 +244,8 @@ def compute_dtype(reading: Reading, found: Match) -> torch.dtype:
     return dtype
 
 
-def _hint(stride: int | torch.SymInt) -> int:
+def hint(stride: int | torch.SymInt) -> int:
+    """A stride as a number, by its example where it is symbolic."""
     return int(stride.node.hint) if isinstance(stride, torch.SymInt) else stride
 
 

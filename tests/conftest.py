@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +12,7 @@ from hypothesis import Phase, settings
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
-
-# The kernels of a test run are its own; the processes of one run share them.
-if "BNREWRITE_CACHE" not in os.environ:
-    os.environ["BNREWRITE_CACHE"] = tempfile.mkdtemp(prefix="bnrewrite-tests-")
-    atexit.register(shutil.rmtree, os.environ["BNREWRITE_CACHE"], ignore_errors=True)
+from bnrewrite.kernels import folding
 
 # Without shrinking: an example compiles a model, and a failing one already names its words.
 settings.register_profile(
@@ -90,4 +82,27 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return compile_graph(self, *args)
 
     monkeypatch.setattr(Compiler, "__call__", counting)
+    return seen
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Affines behind linear maps are folded however small the tensors are."""
+    monkeypatch.setattr("bnrewrite.passes.fold.SMALLEST", 0)
+    monkeypatch.setattr("bnrewrite.passes.fold.TIMES", 0)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Grows at each time that a kernel folds a weight: whether it could."""
+    seen: list[bool] = []
+    compute = folding.folded_parameters
+
+    def watching(*args: Any) -> Any:
+        seen.append(False)
+        result = compute(*args)
+        seen[-1] = True
+        return result
+
+    monkeypatch.setattr(folding, "folded_parameters", watching)
     return seen

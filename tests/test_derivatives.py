@@ -40,6 +40,24 @@ def groups(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return ((split - mean) / torch.sqrt(variance + 1e-3)).view(6, 4) * weight + bias
 
 
+@pytest.mark.parametrize("function", [rows, batch, groups])
+def test_second_derivatives_where_norms_share_a_weight(function: Function) -> None:
+    """The second norm's input is made of the weight that it takes itself."""
+    x, cotangent = torch.randn(2, 6, 4, dtype=torch.float64)
+    weight, bias = torch.rand(2, 4, dtype=torch.float64) + 0.5
+
+    def twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return function(function(x, weight, bias), weight, bias)
+
+    def derivatives(call: Function) -> tuple[Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in (x, weight, bias)]
+        total = (call(*leaves) ** 3 * cotangent).sum()
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.sin().sum() for g in first]).sum(), leaves)
+
+    torch.testing.assert_close(derivatives(optimize(twice, backend="eager")), derivatives(twice))
+
+
 @pytest.mark.parametrize("function", [rows, batch, lengths, mean_squares, groups])
 def test_four_derivatives(function: Function) -> None:
     x = torch.randn(6, 4, dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite import explain, optimize
-from bnrewrite.kernels.generated import build, call, norm
+from bnrewrite.kernels.generated import build, call, norm, runtime
 from bnrewrite.kernels.generated.build import NoCompiler, library, why_no_kernels
 
 ANSWER = 'extern "C" int answer() { return 42; }'
@@ -24,6 +24,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and nothing known of the compiler."""
     monkeypatch.setenv("BNREWRITE_CACHE", str(tmp_path / "kernels"))
     monkeypatch.setattr(call, "_kernels", {})
+    monkeypatch.setattr(runtime, "_programs", {})
     forget()
     yield tmp_path / "kernels"
     forget()

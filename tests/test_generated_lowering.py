@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bnrewrite import explain, optimize
-from bnrewrite.kernels.generated import call
+from bnrewrite.kernels.generated import kernel
 from bnrewrite.passes import lower
 from bnrewrite.passes.nodes import Unwritable
 
@@ -310,7 +310,7 @@ def test_a_large_tensor_in_two_threads() -> None:
     """As large as it takes for both to have work."""
     before = torch.get_num_threads()
     x = torch.randn(8, 6, 40, 40)
-    assert x.numel() > call.SMALL
+    assert x.numel() > kernel.SMALL
     try:
         torch.set_num_threads(2)
         assert contract_violations(Batch(), generated, [x, x + 1]) == []

@@ -13,8 +13,9 @@ SOURCES = (
     *(p for p in sorted((ROOT / "passes").glob("*.py")) if p.name != "generated.py"),
     *sorted((ROOT / "bnrewrite" / "capture").glob("*.py")),
     ROOT / "bnrewrite" / "algebra" / "selection.py",
+    ROOT / "bnrewrite" / "kernels" / "folding.py",
 )
-REFUSING = ("Refusal", "Unwritable", "CaptureError", "Inexact", "lookalike", "left")
+REFUSING = ("Refusal", "Unwritable", "CaptureError", "Inexact", "lookalike", "left", "Unfoldable")
 VARIES = "{}"  # stands for what an f-string puts in
 # No model is known that gets one of these: they stand before code that would be wrong else.
 GUARDS = {

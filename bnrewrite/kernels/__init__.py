@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .batched import batch_norm
+from .folding import folded
 from .frozen import frozen_batch_norm
 from .generated import check_program, norm, norm_with_updates, why_no_kernels
 from .grouped import group_norm
@@ -16,6 +17,7 @@ __all__ = [
     "KERNELS",
     "batch_norm",
     "check_program",
+    "folded",
     "frozen_batch_norm",
     "group_norm",
     "has_dense_channels",
@@ -27,5 +29,13 @@ __all__ = [
 
 # Each returns a new tensor, and a backward needs its inputs alone.
 KERNELS: frozenset[Callable[..., Any]] = frozenset(
-    {batch_norm, frozen_batch_norm, group_norm, layer_norm, norm, norm_with_updates}
+    {
+        batch_norm,
+        folded,
+        frozen_batch_norm,
+        group_norm,
+        layer_norm,
+        norm,
+        norm_with_updates,
+    }
 )

@@ -54,6 +54,8 @@ def _of_formula(
     needed: Sequence[bool],
     cotangent: Tensor,
 ) -> Gradients:
+    # by other names: x may be made of the same weight, which is no way that counts here
+    inputs = [None if each is None else each.view_as(each) for each in inputs]
     wanted = [each for each, need in zip(inputs, needed, strict=True) if need and each is not None]
     found = iter(torch.autograd.grad(formula(*inputs), wanted, cotangent, create_graph=True))
     return tuple(

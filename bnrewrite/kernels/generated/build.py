@@ -5,12 +5,12 @@ none; a lock keeps processes from compiling the same source at the same time. Be
 stands its digest: what is damaged is compiled again, not loaded. A folder that others may write to
 is not used, since what lies in it is run.
 
-OpenMP is the one that torch has loaded, where its file is found: two of them would each keep
-threads.
+OpenMP has the name of torch's own, which is loaded already: there is one set of threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -18,7 +18,9 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +34,8 @@ FLAGS = (
 )  # fmt: skip
 PROBE = 'extern "C" int64_t probe() { return omp_get_max_threads() > 0 ? W : 0; }'
 DIGEST = 32  # bytes
+
+REMEDY = "set BNREWRITE_CACHE to a folder of your own"
 
 
 class NoCompiler(Exception):
@@ -49,21 +53,40 @@ def library(body: str, single: str) -> ctypes.CDLL:
         NoCompiler: it could not be compiled, kept or loaded.
     """
     text = f"typedef {single} acc;\n{PRELUDE}\n{body}\n"
-    command = [compiler(), *FLAGS]
-    key = hashlib.sha256("\0".join([text, *command, *_openmp(), _machine()]).encode())
-    path = folder() / f"{key.hexdigest()[:32]}.so"
+    path = compiled(text, FLAGS, "norm")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoCompiler(f"{path} is of no use: {error}") from error
+
+
+def compiled(text: str, flags: Sequence[str], name: str, links: Sequence[str] = ()) -> Path:
+    """The file of a compiled source, made now if it is not there.
+
+    Args:
+        text: the source.
+        flags: of the compiler.
+        name: how the file's name begins.
+        links: what it is linked with.
+
+    Raises:
+        NoCompiler: it could not be compiled or kept.
+    """
+    command = [compiler(), *flags]
+    key = hashlib.sha256("\0".join([text, *command, *links, _machine()]).encode())
+    path = folder() / f"{name}_{key.hexdigest()[:32]}.so"
     try:
         if not _is_whole(path):
             with filelock.FileLock(f"{path}.lock"):
                 if not _is_whole(path):
-                    _compile(text, command, path)
-        return ctypes.CDLL(str(path))
+                    _compile(text, command, links, path)
     except (OSError, NotImplementedError) as error:
-        raise NoCompiler(f"{path} is of no use: {error}") from error
+        raise NoCompiler(f"{path} cannot be made: {error}") from error
+    return path
 
 
 def folder() -> Path:
-    """Where libraries are kept: ``BNREWRITE_CACHE``, or the user's cache.
+    """Where files are kept: ``BNREWRITE_CACHE``, the virtual environment, the user's cache.
 
     Raises:
         NoCompiler: it cannot be made or written to, or others may write to it.
@@ -71,18 +94,29 @@ def folder() -> Path:
     if not hasattr(os, "geteuid"):
         raise NoCompiler("kernels are compiled where files have an owner, on Linux or macOS")
     given = os.environ.get("BNREWRITE_CACHE")
-    remedy = "set BNREWRITE_CACHE to a folder of your own"
+    if given:
+        return _own(Path(given))
+    if sys.prefix != sys.base_prefix:
+        with contextlib.suppress(NoCompiler):
+            return _own(Path(sys.prefix) / ".cache" / "bnrewrite")
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = Path(given) if given else home / "bnrewrite"
+    except RuntimeError as error:
+        raise NoCompiler(f"there is no folder for compiled kernels ({error}); {REMEDY}") from error
+    return _own(home / "bnrewrite")
+
+
+def _own(path: Path) -> Path:
+    """A folder that this user alone writes to."""
+    try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = path.stat()
-    except (OSError, RuntimeError) as error:  # no home
-        raise NoCompiler(f"there is no folder for compiled kernels ({error}); {remedy}") from error
+    except OSError as error:
+        raise NoCompiler(f"there is no folder for compiled kernels ({error}); {REMEDY}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise NoCompiler(f"compiled kernels cannot be kept in {path}; {remedy}")
+        raise NoCompiler(f"compiled kernels cannot be kept in {path}; {REMEDY}")
     if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NoCompiler(f"{path} may be written by other users; {remedy}")
+        raise NoCompiler(f"{path} may be written by other users; {REMEDY}")
     return path.absolute()
 
 
@@ -113,14 +147,14 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
 
 
-def _compile(text: str, command: list[str], path: Path) -> None:
+def _compile(text: str, command: list[str], links: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as place:
         source, made = Path(place) / "norm.cpp", Path(place) / "norm.so"
         source.write_text(text)
         try:
             run = subprocess.run(
-                [*command, "-o", str(made), str(source), *_openmp()],
-                capture_output=True, text=True, errors="replace", timeout=120, check=False,
+                [*command, "-o", str(made), str(source), *links],
+                capture_output=True, text=True, errors="replace", timeout=600, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NoCompiler(f"{command[0]} did not run: {error}") from error
@@ -130,17 +164,6 @@ def _compile(text: str, command: list[str], path: Path) -> None:
         with made.open("ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, path)
-
-
-@cache
-def _openmp() -> tuple[str, ...]:
-    """The file of torch's own OpenMP, linked by name in place of the compiler's."""
-    root = Path(torch.__file__).parent
-    for place in (root / "lib", root.parent / "torch.libs"):
-        for found in sorted(place.glob("libgomp*.so*")):
-            own = ("-nodefaultlibs", str(found), f"-Wl,-rpath,{place}")
-            return (*own, "-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc")
-    return ()
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,36 +133,40 @@ class Source:
         """The loops along which a tensor runs."""
         return [i for i, loop in enumerate(self.layout.loops) if number in loop.tensors]
 
-    def signature(self, name: str, arguments: Iterable[str]) -> str:
-        """The head of a function, and the lengths of its loops."""
+    def signature(self, name: str, pointers: Sequence[tuple[str, str]]) -> str:
+        """The head of a function: what it points to, the lengths of its loops, the extents."""
         loops = range(len(self.layout.loops))
-        given = ", ".join([*arguments, "const int64_t *size", "int64_t threads"])
-        lines = [f'extern "C" void {name}({given}) {{']
-        lines += [f"  const int64_t n{i} = size[{i}];" for i in loops]
-        lines += [
-            f"  const int64_t s{i} = {' * '.join([f'n{j}' for j in loops if j > i]) or '1'};"
-            for i in loops
+        lines = [
+            f'extern "C" void {name}(void **given, const double *extents, const int64_t *size,'
+            " int64_t threads) {"
         ]
+        for place, (kind, pointer) in enumerate(pointers):
+            lines.append(f"  {kind} *__restrict {pointer} = ({kind} *)given[{place}];")
+        lines += [f"  const int64_t n{i} = size[{i}];" for i in loops]
+        for i in loops:
+            inner = " * ".join([f"n{j}" for j in loops if j > i])
+            lines.append(f"  const int64_t s{i} = {inner or '1'};")
+        named = enumerate(self.program.extents())
+        lines += [f"  const double {name} = extents[{i}]; (void){name};" for i, name in named]
         return "\n".join(lines)
 
-    def forward_arguments(self) -> list[str]:
+    def forward_arguments(self) -> list[tuple[str, str]]:
         """x, residual, y, moments, updates, tensors."""
         x, y, *tensors = (CTYPES[d] for d in self.dtypes)
-        given = [f"const {t} *__restrict p{i}" for i, t in enumerate(tensors)]
+        given = [(f"const {t}", f"p{i}") for i, t in enumerate(tensors)]
         return [
-            f"const {x} *__restrict x", f"const {x} *__restrict residual", f"{y} *__restrict y",
-            "acc *__restrict moments", "acc *__restrict updates", *given,
+            (f"const {x}", "x"), (f"const {x}", "residual"), (y, "y"), ("acc", "moments"),
+            ("acc", "updates"), *given,
         ]  # fmt: skip
 
-    def backward_arguments(self) -> list[str]:
+    def backward_arguments(self) -> list[tuple[str, str]]:
         """dy, x, y, moments, dx, dresidual, tensors, their gradients."""
         x, y, *tensors = (CTYPES[d] for d in self.dtypes)
-        given = [f"const {t} *__restrict p{i}" for i, t in enumerate(tensors)]
-        wanted = [f"{tensors[i]} *__restrict q{i}" for i in self.free()]
+        given = [(f"const {t}", f"p{i}") for i, t in enumerate(tensors)]
+        wanted = [(tensors[i], f"q{i}") for i in self.free()]
         return [
-            f"const {y} *__restrict dy", f"const {x} *__restrict x", f"const {y} *__restrict y",
-            "const acc *__restrict moments", f"{x} *__restrict dx", f"{x} *__restrict dresidual",
-            *given, *wanted,
+            (f"const {y}", "dy"), (f"const {x}", "x"), (f"const {y}", "y"),
+            ("const acc", "moments"), (x, "dx"), (x, "dresidual"), *given, *wanted,
         ]  # fmt: skip
 
     def index(self, number: int, names: dict[int, str] | None = None, *, without: int = -1) -> str:

@@ -8,7 +8,8 @@ V = E[(x - M)^2] over n, h and w of each c. The words:
     x[n (g c) h]         the axes of the dimensions; ``(g=4 c)`` is one dimension of 4 groups
     over ...             the reduced axes; ``over ... about zero`` takes M = 0 and V = E[x^2]
     t0[c]                a tensor along axes; ``t0[c] fixed`` takes no gradient
-    centre, scale, shift expressions in M, V, the tensors and N, the number of reduced elements;
+    centre, scale, shift expressions in M, V, the tensors, N, the number of reduced elements, and
+                         Na, Nb, ..., the extents of the axes a, b, ...;
                          ``Ms`` and ``Vs`` are moments through which no gradient flows
     u0 = ...             further values of each group, as buffers take: no gradient flows to them
     relu | relu6         the activation; nothing for none
@@ -123,6 +124,10 @@ class Program:
         """The symbol of a tensor."""
         return sympy.Symbol(f"t{number}", real=True)
 
+    def extents(self) -> list[sympy.Symbol]:
+        """The symbols of the extents of all axes."""
+        return [sympy.Symbol(f"N{axis}", positive=True) for dim in self.dims for axis in dim]
+
     def kept(self) -> list[str]:
         """The axes that are not reduced, in order."""
         return [axis for dim in self.dims for axis in dim if axis not in self.over]
@@ -176,6 +181,7 @@ def parse(text: str) -> Program:
             else:
                 named[name] = expression
     symbols: dict[str, Any] = {"M": M, "V": V, "Ms": Ms, "Vs": Vs, "N": N, **FUNCTIONS}
+    symbols |= {f"N{a}": sympy.Symbol(f"N{a}", positive=True) for dim in dims for a in dim}
     symbols |= {f"t{i}": sympy.Symbol(f"t{i}", real=True) for i in range(len(tensors))}
     inner = {symbols[f"t{i}"] for i, axes in enumerate(tensors) if not over.isdisjoint(axes)}
 

@@ -64,7 +64,8 @@ def reference(
     for i in over:
         count = count * split.shape[i]
     scale, shift, centre, *new = _functions(text)
-    given = (mean, variance, mean.detach(), variance.detach(), count, *values)
+    extents = [sizes[axis] for axis in axes]
+    given = (mean, variance, mean.detach(), variance.detach(), count, *extents, *values)
     y = scale(*given) * (split - centre(*given)) + shift(*given)
     y = y.reshape(x.shape)
     if residual is not None:
@@ -96,7 +97,15 @@ def _laid_out(y: Tensor, x: Tensor) -> Tensor:
 @cache
 def _functions(text: str) -> tuple[Any, ...]:
     program = parse(text)
-    symbols = [M, V, Ms, Vs, N, *(program.symbol(i) for i in range(len(program.tensors)))]
+    symbols = [
+        M,
+        V,
+        Ms,
+        Vs,
+        N,
+        *program.extents(),
+        *(program.symbol(i) for i in range(len(program.tensors))),
+    ]
 
     def made(value: sympy.Expr) -> Any:
         return sympy.lambdify(symbols, value, modules=[_FUNCTIONS, "math"], cse=True)

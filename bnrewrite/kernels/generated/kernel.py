@@ -1,0 +1,158 @@
+"""Compiled kernels for the tensors that come."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .build import NoCompiler, library
+from .columns import columns_source
+from .layout import Layout, arrange
+from .printing import Source, Unprintable
+from .program import Program, parse
+from .rows import rows_source
+
+logger = logging.getLogger(__name__)
+
+SMALL = 32768  # elements for which another thread is worth its start
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Order = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled functions of a program for tensors of one shape, layout and dtypes.
+
+    Attributes:
+        forward, backward: of pointers as ``printing.Source`` lists them, extents, loops, threads.
+        copies: x has holes or repeats in memory, and is copied first.
+        loops: the lengths of the loops.
+        extents: of the axes.
+        threads: how many are worth their start.
+        groups: how many there are.
+        saved: moments of each group.
+        orders: for each tensor None, or the sizes of its axes and their order in memory.
+        kept: the sizes of the kept axes in the order of memory and the way back.
+        single: the dtype of the moments.
+        result: the dtype of y.
+        free: the tensors that take a gradient.
+        used: those that a backward reads.
+        updates: how many there are.
+        residual: a tensor is added before the activation.
+    """
+
+    forward: Any
+    backward: Any
+    copies: bool
+    loops: list[int]
+    extents: list[int]
+    threads: int
+    groups: int
+    saved: int
+    orders: tuple[Order | None, ...]
+    kept: Order
+    single: torch.dtype
+    result: torch.dtype
+    free: tuple[int, ...]
+    used: tuple[int, ...]
+    updates: int
+    residual: bool
+
+    def run(self, function: Any, pointers: Sequence[Tensor | None]) -> None:
+        """Call one of the functions."""
+        threads = min(torch.get_num_threads(), self.threads)
+        given = (ctypes.c_void_p * len(pointers))(
+            *(t.data_ptr() if t is not None else None for t in pointers)
+        )
+        extents = (ctypes.c_double * len(self.extents))(*self.extents)
+        loops = (ctypes.c_int64 * len(self.loops))(*self.loops)
+        function(given, extents, loops, ctypes.c_int64(threads))
+
+
+def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
+    """The kernel of a program for tensors; None where torch's operations stand in for it."""
+    program = parse(text)
+    given = (x, *tensors)
+    if any(t.dtype not in FLOATING for t in given) or not x.numel():
+        return None
+    if not _fits(program, x, tensors):
+        return None
+    strides = torch.empty_like(x).stride()
+    arranged = arrange(program, x.shape, strides)
+    if arranged is None:
+        return None
+    layout, lengths = arranged
+    result = program.dtype or x.dtype
+    tensors = tensors[: len(program.tensors)]
+    dtypes = (x.dtype, result, *[t.dtype for t in tensors])
+    source = Source(text, layout, tuple(str(d).removeprefix("torch.") for d in dtypes))
+    try:
+        functions = _functions(source)
+    except Unprintable:
+        return None
+    except NoCompiler as reason:
+        logger.warning("a norm runs without a kernel of its own: %s", reason)
+        return None
+    sizes = program.axis_sizes(x.shape)
+    groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
+    orders = (_order(own, layout.order(i), sizes) for i, own in enumerate(program.tensors))
+    return Kernel(
+        forward=functions.forward,
+        backward=functions.backward,
+        copies=strides != x.stride(),
+        loops=lengths,
+        extents=list(sizes.values()),
+        threads=-(-x.numel() // SMALL),
+        groups=math.prod(groups),
+        saved=1 if program.about_zero else 2,
+        orders=tuple(orders),
+        kept=_kept(program, layout, sizes),
+        single=torch.float64 if source.single == "double" else torch.float32,
+        result=result,
+        free=tuple(source.free()),
+        used=tuple(source.used()),
+        updates=len(program.updates),
+        residual=program.residual,
+    )
+
+
+@cache
+def _functions(source: Source) -> ctypes.CDLL:
+    """What a source is compiled to: printed and loaded once in a process, whatever the sizes."""
+    body = columns_source(source) if source.layout.columns else rows_source(source)
+    return library(body, source.single)
+
+
+def _fits(program: Program, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether every tensor has the elements that a kernel reads."""
+    if len(tensors) != len(program.tensors) + program.residual:
+        return False
+    sizes = program.axis_sizes(x.shape)
+    if program.residual and tensors[-1].shape != x.shape:
+        return False
+    wanted = (math.prod(sizes[axis] for axis in own) for own in program.tensors)
+    return all(t.numel() == count for t, count in zip(tensors, wanted, strict=False))
+
+
+def _order(own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, int]) -> Order | None:
+    """How a tensor is permuted to the order of memory; None where it is in it."""
+    present = [axis for axis in own if axis in wanted]  # others have one element
+    if tuple(present) == wanted:
+        return None
+    return [sizes[axis] for axis in present], [present.index(axis) for axis in wanted]
+
+
+def _kept(program: Program, layout: Layout, sizes: dict[str, int]) -> Order:
+    memory = [axis for loop in layout.loops if not loop.reduced for axis in loop.axes]
+    single = [axis for axis in program.kept() if axis not in memory]  # of one element
+    memory = [*single, *memory]
+    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in program.kept()]

@@ -1,0 +1,140 @@
+"""Kernels and autograd, in Python: what runs until the compiled runtime is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
+
+from .kernel import Kernel, Order
+from .reference import reference
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def forward(
+    kernel: Kernel, x: Tensor, given: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """``y``, the moments, and the updates.
+
+    Args:
+        kernel: made for these tensors.
+        x: dense.
+        given: the tensors of the program, then the residual, where it has one.
+    """
+    count = len(kernel.orders)
+    residual = _like(given[count], x) if kernel.residual else None
+    y = torch.empty_like(x, dtype=kernel.result)
+    both = x.new_empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.single)
+    moments, new = both[: kernel.saved], both[kernel.saved :]
+    dense = [_dense(t, order) for t, order in zip(given[:count], kernel.orders, strict=True)]
+    kernel.run(kernel.forward, [x, residual, y, moments, new, *dense])
+    if not kernel.updates:
+        return y, moments, ()
+    sizes, places = kernel.kept
+    return y, moments, tuple(update.clone().view(sizes).permute(places) for update in new)
+
+
+class Recorded(torch.autograd.Function):
+    """A kernel that autograd records."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, text: str, x: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``y`` and the updates; x and the moments are saved."""
+        y, moments, updates = forward(kernel, x, given)
+        kept: list[Tensor | None] = [None] * len(kernel.orders)
+        for i in kernel.used:  # a buffer may change before the backward; a copy does not
+            kept[i] = given[i] if i in kernel.free else given[i].clone()
+        residual = given[len(kept) :]
+        ctx.save_for_backward(x, moments, y if residual else None, *kept, *residual)
+        ctx.kernel, ctx.text = kernel, text
+        ctx.mark_non_differentiable(*updates)
+        return (y, *updates)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, of the tensors, and of the residual."""
+        kernel, needed = ctx.kernel, ctx.needs_input_grad[2:]
+        x, moments, y, *given = ctx.saved_tensors
+        dy = cotangents[0]
+        if torch.is_grad_enabled() or not are_plain(dy):
+            return (None, None, *of_reference(ctx.text, [x, *given], needed, dy))
+        dy = _like(dy, x)
+        tensors = given[: len(kernel.orders)]
+        dx = torch.empty_like(x) if needed[0] else None
+        dresidual = torch.empty_like(x) if kernel.residual else None
+        dense = [
+            None if t is None else _dense(t, order)
+            for t, order in zip(tensors, kernel.orders, strict=True)
+        ]
+        made = [torch.empty_like(dense[i]) for i in kernel.free]
+        kernel.run(kernel.backward, [dy, x, y, moments, dx, dresidual, *dense, *made])
+        found: list[Tensor | None] = [dx, *[None] * len(tensors)]
+        for i, gradient in zip(kernel.free, made, strict=True):
+            if needed[1 + i]:
+                found[1 + i] = _back(gradient, tensors[i], kernel.orders[i])
+        return (None, None, *found, *([dresidual] if kernel.residual else []))
+
+
+def are_plain(*given: Tensor) -> bool:
+    """Whether nothing must see the operations, and numbers are where their addresses say."""
+    if (
+        forward_ad._current_level >= 0
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        for tensor in given
+    )
+
+
+def of_reference(
+    text: str, given: Sequence[Tensor | None], needed: Sequence[bool], cotangent: Tensor
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated any number of times."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # by other names: x may be made of the same weight, which is no way that counts here
+        given = [None if t is None else t.view_as(t) for t in given]
+        x, *tensors = given
+        assert x is not None
+        filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
+        y = reference(text, x, filled, updates=False)[0]
+    pairs = zip(given, needed, strict=True)
+    wanted = [tensor for tensor, need in pairs if need and tensor is not None]
+    made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
+    return [next(made) if need else None for need in needed]
+
+
+def _like(tensor: Tensor, x: Tensor) -> Tensor:
+    """A tensor in the layout of x."""
+    if tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+def _dense(tensor: Tensor, order: Order | None) -> Tensor:
+    if order is None:
+        return tensor.contiguous()
+    sizes, places = order
+    return tensor.reshape(sizes).permute(places).contiguous()
+
+
+def _back(made: Tensor, tensor: Tensor, order: Order | None) -> Tensor:
+    """A gradient in the shape of its tensor."""
+    if order is None:
+        return made
+    places = order[1]
+    return made.permute([places.index(dim) for dim in range(len(places))]).reshape(tensor.shape)

@@ -1,0 +1,301 @@
+// Calls compiled programs on tensors, and records them for autograd.
+//
+// `call(program, x, *tensors)` returns what the program makes, or None where it has no kernel for
+// such tensors yet. The same in Python takes 20 us longer for a forward and its backward.
+#include <Python.h>
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Numbers = std::vector<int64_t>;
+using Function = void (*)(void **, const double *, const int64_t *, int64_t);
+
+// A permutation that a tensor needs first; none where it has no sizes.
+struct Order {
+  Numbers sizes, places;
+};
+
+struct Kernel {
+  Numbers shape, strides, counts, dtypes; // of x; of x and the tensors
+  Function forward, backward;
+  bool copies, residual;
+  Numbers loops;
+  std::vector<double> extents;
+  int64_t threads, groups, saved, updates;
+  at::ScalarType single, result;
+  Order kept;
+  std::vector<Order> orders;
+  Numbers free, used;
+  PyObject *reference;
+};
+
+std::vector<std::vector<std::unique_ptr<Kernel>>> programs;
+
+// A new tensor in the layout of another, without a way through the dispatcher.
+Tensor fresh(const Tensor &like, at::ScalarType dtype) {
+  return Tensor(at::detail::empty_strided_cpu(like.sizes(), like.strides(), dtype));
+}
+
+Tensor dense(const Tensor &tensor, const Order &order) {
+  if (order.sizes.empty()) return tensor.contiguous();
+  return tensor.reshape(order.sizes).permute(order.places).contiguous();
+}
+
+Tensor back(const Tensor &made, const Tensor &tensor, const Order &order) {
+  if (order.sizes.empty()) return made;
+  Numbers inverse(order.places.size());
+  for (size_t i = 0; i < inverse.size(); ++i) inverse[order.places[i]] = int64_t(i);
+  return made.permute(inverse).reshape(tensor.sizes());
+}
+
+Tensor like(const Tensor &tensor, const Tensor &x) {
+  return tensor.strides() == x.strides() ? tensor : at::empty_like(x, tensor.options()).copy_(tensor);
+}
+
+int64_t threads(const Kernel &kernel) { return std::min<int64_t>(at::get_num_threads(), kernel.threads); }
+
+// Whether a tensor is what it seems: nobody looks on, and its numbers lie in this memory.
+bool is_plain(const Tensor &tensor) {
+  constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView}) |
+                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                        c10::autocast_dispatch_keyset;
+  const bool watched = (tensor.key_set() - plain).highestFunctionalityKey() != c10::DispatchKey::Undefined;
+  return !watched && tensor.is_cpu() && tensor.has_storage() && !tensor._fw_grad(0).defined();
+}
+
+// Whether something must see the operations: a mode, a transform, a trace.
+bool is_observed() {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         local.included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         local.included_.has(c10::DispatchKey::Tracer);
+}
+
+// y, then the updates; the moments.
+std::pair<variable_list, Tensor> run(const Kernel &kernel, const Tensor &x, const variable_list &given) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  Tensor y = fresh(x, kernel.result);
+  Tensor both(at::detail::empty_cpu({kernel.saved + kernel.updates, kernel.groups}, kernel.single));
+  const size_t count = kernel.orders.size();
+  Tensor residual = kernel.residual ? like(given[count], x) : Tensor();
+  std::vector<Tensor> held(count);
+  std::vector<void *> pointers{
+      x.data_ptr(), residual.defined() ? residual.data_ptr() : nullptr, y.data_ptr(), both.data_ptr(),
+      static_cast<char *>(both.data_ptr()) + kernel.saved * kernel.groups * both.element_size()};
+  for (size_t i = 0; i < count; ++i) {
+    held[i] = dense(given[i], kernel.orders[i]);
+    pointers.push_back(held[i].data_ptr());
+  }
+  kernel.forward(pointers.data(), kernel.extents.data(), kernel.loops.data(), threads(kernel));
+  variable_list made{y};
+  if (kernel.updates == 0) return {made, both};
+  Tensor news = both.narrow(0, kernel.saved, kernel.updates).clone();
+  for (int64_t i = 0; i < kernel.updates; ++i) {
+    Tensor one = news.select(0, i);
+    made.push_back(one.view(kernel.kept.sizes).permute(kernel.kept.places));
+  }
+  return {made, both.narrow(0, 0, kernel.saved)};
+}
+
+// Gradients that can be differentiated again, by the formula from torch's operations.
+variable_list of_reference(const Kernel &kernel, const variable_list &given, const std::vector<bool> &needed,
+                           const Tensor &dy) {
+  PyGILState_STATE state = PyGILState_Ensure();
+  PyObject *tensors = PyList_New(Py_ssize_t(given.size())), *wanted = PyList_New(Py_ssize_t(given.size()));
+  for (size_t i = 0; i < given.size(); ++i) {
+    PyObject *one = given[i].defined() ? THPVariable_Wrap(given[i]) : Py_NewRef(Py_None);
+    PyList_SET_ITEM(tensors, Py_ssize_t(i), one);
+    PyList_SET_ITEM(wanted, Py_ssize_t(i), PyBool_FromLong(needed[i]));
+  }
+  PyObject *cotangent = THPVariable_Wrap(dy);
+  PyObject *found = PyObject_CallFunctionObjArgs(kernel.reference, tensors, wanted, cotangent, nullptr);
+  Py_DECREF(tensors), Py_DECREF(wanted), Py_DECREF(cotangent);
+  if (found == nullptr) {
+    python_error error;
+    error.persist();
+    PyGILState_Release(state);
+    throw error;
+  }
+  variable_list result(given.size());
+  for (size_t i = 0; i < given.size(); ++i) {
+    PyObject *one = PyList_GET_ITEM(found, Py_ssize_t(i));
+    if (one != Py_None) result[i] = THPVariable_Unpack(one);
+  }
+  Py_DECREF(found);
+  PyGILState_Release(state);
+  return result;
+}
+
+struct Norm : torch::autograd::Function<Norm> {
+  static variable_list forward(AutogradContext *context, const Kernel *kernel, at::TensorList given) {
+    const Tensor &x = given[0];
+    variable_list tensors(given.begin() + 1, given.end());
+    auto [made, moments] = run(*kernel, x, tensors);
+    variable_list saved{x, moments, kernel->residual ? made[0] : Tensor()};
+    const size_t count = kernel->orders.size();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const auto has = [&](const Numbers &list) {
+        return std::find(list.begin(), list.end(), int64_t(i)) != list.end();
+      };
+      // A buffer may change before the backward; a copy of it does not.
+      const bool used = i >= count || has(kernel->used);
+      saved.push_back(!used ? Tensor() : i >= count || has(kernel->free) ? tensors[i] : tensors[i].clone());
+    }
+    context->save_for_backward(std::move(saved));
+    context->saved_data["kernel"] = reinterpret_cast<int64_t>(kernel);
+    if (made.size() > 1) context->mark_non_differentiable(variable_list(made.begin() + 1, made.end()));
+    return made;
+  }
+
+  static variable_list backward(AutogradContext *context, const variable_list &cotangents) {
+    const Kernel &kernel = *reinterpret_cast<const Kernel *>(context->saved_data["kernel"].toInt());
+    variable_list saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &moments = saved[1], &y = saved[2];
+    const size_t given = saved.size() - 2, count = kernel.orders.size(); // x, tensors, residual
+    variable_list result(1 + given);
+    if (!cotangents[0].defined()) return result;
+    std::vector<bool> needed(given);
+    for (size_t i = 0; i < given; ++i) needed[i] = context->needs_input_grad(i);
+    if (c10::GradMode::is_enabled() || is_observed() || !is_plain(cotangents[0])) {
+      variable_list inputs{x};
+      inputs.insert(inputs.end(), saved.begin() + 3, saved.end());
+      variable_list found = of_reference(kernel, inputs, needed, cotangents[0]);
+      std::copy(found.begin(), found.end(), result.begin() + 1);
+      return result;
+    }
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    Tensor dy = like(cotangents[0], x);
+    Tensor dx = needed[0] ? fresh(x, x.scalar_type()) : Tensor();
+    Tensor dresidual = kernel.residual ? fresh(x, x.scalar_type()) : Tensor();
+    const auto at = [](const Tensor &tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
+    std::vector<void *> pointers{at(dy), at(x), at(y), at(moments), at(dx), at(dresidual)};
+    std::vector<Tensor> held(count), made;
+    for (size_t i = 0; i < count; ++i) {
+      if (saved[3 + i].defined()) held[i] = dense(saved[3 + i], kernel.orders[i]);
+      pointers.push_back(at(held[i]));
+    }
+    for (int64_t i : kernel.free) {
+      made.push_back(fresh(held[i], held[i].scalar_type()));
+      pointers.push_back(made.back().data_ptr());
+    }
+    kernel.backward(pointers.data(), kernel.extents.data(), kernel.loops.data(), threads(kernel));
+    result[1] = dx;
+    for (size_t i = 0; i < kernel.free.size(); ++i) {
+      const int64_t number = kernel.free[i];
+      if (needed[1 + number]) result[2 + number] = back(made[i], saved[3 + number], kernel.orders[number]);
+    }
+    if (kernel.residual) result.back() = dresidual;
+    return result;
+  }
+};
+
+const Kernel *find(const std::vector<std::unique_ptr<Kernel>> &kernels, const variable_list &given) {
+  const Tensor &x = given[0];
+  for (const auto &kernel : kernels) {
+    bool same = x.sizes() == at::IntArrayRef(kernel->shape) && x.strides() == at::IntArrayRef(kernel->strides);
+    same = same && given.size() == kernel->dtypes.size();
+    for (size_t i = 0; same && i < given.size(); ++i)
+      same = int64_t(given[i].scalar_type()) == kernel->dtypes[i] && given[i].numel() == kernel->counts[i];
+    if (same && kernel->residual) same = given.back().sizes() == x.sizes();
+    if (same) return kernel.get();
+  }
+  return nullptr;
+}
+
+PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (is_observed()) Py_RETURN_NONE;
+  const auto &kernels = programs[PyLong_AsSize_t(arguments[0])];
+  variable_list given;
+  given.reserve(count - 1);
+  bool recorded = false;
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
+    given.push_back(THPVariable_Unpack(arguments[i]));
+    if (!is_plain(given.back())) Py_RETURN_NONE;
+    recorded = recorded || given.back().requires_grad();
+  }
+  const Kernel *kernel = find(kernels, given);
+  if (kernel == nullptr) Py_RETURN_NONE;
+  variable_list made;
+  {
+    pybind11::gil_scoped_release without_lock;
+    if (kernel->copies) given[0] = given[0].clone(at::MemoryFormat::Preserve);
+    if (recorded && c10::GradMode::is_enabled()) {
+      made = Norm::apply(kernel, at::TensorList(given));
+    } else {
+      at::NoGradGuard no_grad;
+      made = run(*kernel, given[0], variable_list(given.begin() + 1, given.end())).first;
+    }
+  }
+  PyObject *result = PyTuple_New(Py_ssize_t(made.size()));
+  for (size_t i = 0; i < made.size(); ++i) PyTuple_SET_ITEM(result, Py_ssize_t(i), THPVariable_Wrap(made[i]));
+  return result;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject *program(PyObject *, PyObject *) {
+  programs.emplace_back();
+  return PyLong_FromSize_t(programs.size() - 1);
+}
+
+// add(program, reference, numbers): the numbers are lists, one after the other with their lengths.
+PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  PyObject *numbers = arguments[2];
+  Py_ssize_t place = 0;
+  const auto list = [&]() {
+    Numbers result(PyLong_AsSize_t(PyList_GET_ITEM(numbers, place++)));
+    for (int64_t &value : result) value = PyLong_AsLongLong(PyList_GET_ITEM(numbers, place++));
+    return result;
+  };
+  auto kernel = std::make_unique<Kernel>();
+  kernel->reference = Py_NewRef(arguments[1]);
+  kernel->shape = list(), kernel->strides = list(), kernel->counts = list(), kernel->dtypes = list();
+  const Numbers plain = list();
+  kernel->forward = reinterpret_cast<Function>(plain[0]);
+  kernel->backward = reinterpret_cast<Function>(plain[1]);
+  kernel->copies = plain[2] != 0, kernel->residual = plain[3] != 0;
+  kernel->threads = plain[4], kernel->groups = plain[5], kernel->saved = plain[6], kernel->updates = plain[7];
+  kernel->single = at::ScalarType(plain[8]), kernel->result = at::ScalarType(plain[9]);
+  kernel->loops = list();
+  const Numbers extents = list();
+  kernel->extents.assign(extents.begin(), extents.end());
+  kernel->free = list(), kernel->used = list();
+  kernel->kept.sizes = list(), kernel->kept.places = list();
+  kernel->orders.resize(plain[10]);
+  for (Order &order : kernel->orders) order.sizes = list(), order.places = list();
+  programs[PyLong_AsSize_t(arguments[0])].push_back(std::move(kernel));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(call)), METH_FASTCALL, "Run a program."},
+    {"program", program, METH_NOARGS, "A new program without kernels."},
+    {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(add)), METH_FASTCALL, "Give it one."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "bnrewrite_runtime", nullptr, -1, methods};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit_bnrewrite_runtime() { return PyModule_Create(&module); }

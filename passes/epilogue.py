@@ -1,0 +1,91 @@
+"""Takes what follows a norm, element by element, into its site.
+
+Before:  z = relu(norm(x)),  z = relu(norm(x) + residual)
+After:   the site has an epilogue, which a kernel computes while it writes the norm.
+Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device; a
+region of other gradient mode between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from bnrewrite.algebra.calls import is_tensor, shape_of
+
+from .nodes import aten
+from .rewriting import Decision, Epilogue, Rewriting
+
+
+@dataclass(frozen=True)
+class TakeEpilogues:
+    """Activations, and residuals in front of them."""
+
+    name: str = "epilogue"
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Fill in the epilogues of decisions."""
+        for decision in rewriting.decisions:
+            if decision.refusal is None:
+                decision.epilogue = _epilogue(decision)
+
+
+def _epilogue(decision: Decision) -> Epilogue | None:
+    site, residual = decision.match.node, None
+    last = _only_user(site)
+    if last is None:
+        return None
+    activation = _activation(last, site)
+    if activation is None:
+        residual = _residual(last, decision)
+        end = None if residual is None else _only_user(last)
+        activation = None if end is None else _activation(end, last)
+        if activation is None or end is None:
+            return None
+        last = end
+    return Epilogue(activation, residual, last)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """The one user of a node, in the same gradient mode."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    between = node.next
+    while between is not user:
+        if between.target is torch._C._set_grad_enabled:
+            return None
+        between = between.next
+    return user
+
+
+def _activation(node: fx.Node, of: fx.Node) -> str | None:
+    """The name that kernels have for an activation of a node."""
+    if not node.args or node.args[0] is not of:
+        return None
+    if node.target is aten.relu.default:
+        return "relu"
+    if node.target is aten.relu6.default:
+        return "relu6"
+    if node.target is aten.hardtanh.default and tuple(node.args[1:]) == (0.0, 6.0):
+        return "relu6"
+    return None
+
+
+def _residual(node: fx.Node, decision: Decision) -> fx.Node | None:
+    """What is added to a site's value, where it is a tensor just like it."""
+    site, linear = decision.match.node, decision.match.linear
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    (other,) = [arg for arg in node.args if arg is not site] or [None]
+    if not isinstance(other, fx.Node) or linear.detached or linear.dims != linear.index:
+        return None
+    if not is_tensor(other):
+        return None
+    kinds = [
+        (shape_of(each), each.meta["val"].dtype, each.meta["val"].device)
+        for each in (other, site, linear.source)
+    ]
+    return other if kinds[0] == kinds[1] == kinds[2] else None
