@@ -56,6 +56,7 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks.norms
+	$(BIN)/python -m benchmarks.onnx_norms
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.rewriter
 

@@ -1,8 +1,9 @@
-"""Put the measured table into the README, from benchmarks/results/norms.json.
+"""Put the measured tables into the README, from benchmarks/results.
 
     python -m benchmarks.readme
 
-It shows the training rows of each norm's first size; a test checks that it shows nothing else.
+The first shows the training rows of each norm's first size, the second the files of each exported
+model; a test checks that they show nothing else.
 """
 
 import json
@@ -14,6 +15,7 @@ from benchmarks.tables import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+ONNX_START, ONNX_END = "<!-- measured onnx: begin -->", "<!-- measured onnx: end -->"
 HEADINGS = (
     "training step",
     "hand-written",
@@ -33,16 +35,21 @@ def main() -> None:
 
 
 def with_table(text: str) -> str:
-    """The README's text with the table that belongs there now.
+    """The README's text with the tables that belong there now.
 
     Raises:
         ValueError: the marks are missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+    text = _between(text, START, END, _measured())
+    return _between(text, ONNX_START, ONNX_END, _exported())
+
+
+def _between(text: str, begin: str, finish: str, table: str) -> str:
+    before, start, rest = text.partition(begin)
+    _, end, after = rest.partition(finish)
     if not start or not end:
-        raise ValueError(f"the README has no {START} ... {END}: put both where the table belongs")
-    return f"{before}{START}\n{_measured()}\n{END}{after}"
+        raise ValueError(f"the README has no {begin} ... {finish}: put both where a table belongs")
+    return f"{before}{begin}\n{table}\n{finish}{after}"
 
 
 def _measured() -> str:
@@ -56,6 +63,28 @@ def _measured() -> str:
             rows.append(_row(result))
     origin = f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
     return f"{markdown(HEADINGS, rows)}\n\n{origin}; `make benchmark` measures it again."
+
+
+def _exported() -> str:
+    """Per model and file: the median of a call, and how much of its norms is left in pieces."""
+    record = json.loads((RESULTS / "onnx_norms.json").read_text(encoding="utf-8"))
+    cells: dict[str, dict[str, str]] = {}
+    for result in record["results"]:
+        left = f", {result['loose']} loose" if result["loose"] else ""
+        told = f"{result['milliseconds']:.3g} ms{left}"
+        count = f"{result['norms']} norm{'' if result['norms'] == 1 else 's'}"
+        cells.setdefault(f"{result['model']}, {count}", {})[result["peer"]] = told
+    peers = ("onnxruntime", "onnxscript", "onnxsim", "bnrewrite", "native")
+    rows = [[name, *(found.get(peer, "") for peer in peers)] for name, found in cells.items()]
+    headings = (
+        "file by",
+        "torch.onnx",
+        "and onnxscript",
+        "and onnxsim",
+        "bnrewrite",
+        "native twin",
+    )
+    return markdown(headings, rows)
 
 
 def _row(result: dict[str, Any]) -> list[str]:

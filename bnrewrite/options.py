@@ -18,7 +18,7 @@ KINDS = (
 )
 KERNELS = ("auto", "native", "generated", "composite")
 
-Stage = Literal["eager", "inductor", "export"]
+Stage = Literal["eager", "inductor", "export", "script"]
 
 
 class BnrewriteWarning(UserWarning):

@@ -67,7 +67,20 @@ def deep_copy(module: nn.Module) -> nn.Module:
         for value in (*vars(each).values(), *each._buffers.values()):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    for each in copied.modules():
+        if isinstance(each, torch.jit.ScriptModule):
+            _cut_parameters(each)
+    return copied
+
+
+def _cut_parameters(module: torch.jit.ScriptModule) -> None:
+    """A copied scripted module has parameters with a history: clones of those that it was from."""
+    parameters: Any = torch._C.ParameterDict(module._c)
+    for name, value in list(parameters.items()):
+        if not value.is_leaf:
+            leaf = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
+            module._c.setattr(name, leaf)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ Leaves alone: statistics that are differentiated, and scales of another form.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -17,6 +19,7 @@ from bnrewrite.algebra.expression import Atom, Polynomial
 from bnrewrite.algebra.frozen import frozen
 from bnrewrite.algebra.site import Linear
 from bnrewrite.kernels import frozen_batch_norm
+from bnrewrite.kernels.frozen import is_small
 
 from .nodes import aten
 from .writing import Writing, compute_dtype, flat
@@ -30,6 +33,23 @@ def frozen_layout(reading: Reading, found: Match) -> Dims | None:
     if frozen(ring, linear) is None:
         return None
     return _layout(linear, ring.axes(linear.scale) | ring.axes(linear.shift))
+
+
+def has_small_means(reading: Reading, found: Match) -> bool:
+    """Whether the stored values are known and ``x a + b`` loses no digits with them."""
+    parts = frozen(reading.ring, found.linear)
+    if parts is None:
+        return False
+    values = [_value(atom.source) for atom in (parts.mean, parts.variance)]
+    if any(value is None or value.numel() != values[0].numel() for value in values):
+        return False
+    mean, variance = (value.detach().cpu().reshape(-1).double() for value in values)
+    return is_small(mean, variance, float(parts.eps))
+
+
+def _value(source: object) -> Any:
+    """The tensor behind a placeholder, where a front end that exports has left it there."""
+    return source.meta.get("value") if isinstance(source, fx.Node) else None
 
 
 def write_frozen(writing: Writing) -> fx.Node:
@@ -46,7 +66,7 @@ def write_frozen(writing: Writing) -> fx.Node:
     )
     given = (writing.input(), weight, bias, mean, variance)
     eps = float(parts.eps)
-    if centred:
+    if centred and writing.in_place:
         return writing.finish(writing.emitter.call(frozen_batch_norm, *given, eps))
     y = writing.emitter.call(aten.batch_norm.default, *given, False, 0.0, eps, True)
     return writing.finish(y)
@@ -59,6 +79,8 @@ def _layout(linear: Linear, axes: frozenset[Axis]) -> Dims | None:
     if not cut or any(not set(index[i]) <= axes for i in cut):
         return None
     if cut == [1] and len(index) == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return index
+    if cut == [1] and len(index) <= 5 and x.is_contiguous():
         return index
     if cut != list(range(cut[0], cut[-1] + 1)) or not x.is_contiguous():
         return None

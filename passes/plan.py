@@ -14,6 +14,7 @@ from bnrewrite.algebra.calls import shape_of
 from bnrewrite.kernels import why_no_kernels
 
 from .costs import has_fast_kernel, has_fast_norm, may_generate
+from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 
@@ -72,6 +73,8 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
     if options.kernels == "auto" and found.kind == "rms_norm":
         eager = options.stage == "eager"  # rms_norm is no operation of its own on a CPU
         native = native and not has_fast_norm(reading, found, eager=eager)
+        if options.stage == "script":
+            native = native and found.linear.source.meta["val"].device.type != "cpu"  # 1.2 to 1.5
     return "native" if native else "composite"
 
 
@@ -85,8 +88,12 @@ def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
 def _loses_digits(rewriting: Rewriting, found: Match) -> bool:
     """Whether the operator computes ``x a + b`` where the user's code centres first.
 
-    Which of the two keeps the digits is decided by a kernel of the eager stage, when it runs.
+    Which of the two keeps the digits is decided by a kernel of the eager stage, when it runs, or
+    by the values, where they are known.
     """
-    assert rewriting.reading is not None
-    eager = rewriting.options.stage == "eager"
-    return found.kind == "affine" and not eager and centre(rewriting.reading, found) is not None
+    reading = rewriting.reading
+    assert reading is not None
+    looks = rewriting.options.stage in ("eager", "script")  # at the statistics, when the graph runs
+    if found.kind != "affine" or looks:
+        return False
+    return centre(reading, found) is not None and not has_small_means(reading, found)

@@ -19,26 +19,35 @@ from bnrewrite.capture.hook import KEY, Hook, own_call
 from bnrewrite.capture.look import Look
 from bnrewrite.capture.optimize import check_model, unwrapped
 from bnrewrite.capture.stage import Run
+from bnrewrite.doors.entry import Given, explain_given, is_given
 from bnrewrite.options import Options
 from bnrewrite.oracle import deep_copy
 from bnrewrite.report.report import Report
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any] | Given, *args: Any, **kwargs: Any) -> Report:
     """What is found in one call of a model, in its current mode, and what becomes of it.
 
     A copy of the model runs on copies of the arguments: parameters, buffers, gradients and random
     generators stay as they are. A function runs itself. An optimised model is explained with its
     own options.
 
+    An exported program, a scripted module or the file of one is explained as `optimize` takes it.
+
     Args:
-        model: a module or a function, optimised or not.
+        model: a module or a function, optimised or not; what else `optimize` takes.
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
 
     Raises:
-        TypeError: the model is neither a module nor a function, or is a scripted one.
+        TypeError: the model is nothing of these.
+        ValueError: a scripted module does not take the arguments; a file is not loaded.
     """
+    if is_given(model):
+        found = explain_given(model, args, Options())
+        if isinstance(found, Report):
+            return found
+        model = found
     check_model(model, "explain")
     hook = getattr(model, KEY, None)
     if isinstance(hook, Hook):

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import functools
+import os
 import types
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from bnrewrite.capture.hook import KEY, Hook, install, is_traced
 from bnrewrite.capture.switches import checked_options
+from bnrewrite.doors.entry import is_given, optimize_given
+from bnrewrite.doors.module import Scripted
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
 
+@overload
+def optimize(
+    model: str | os.PathLike[str] | ExportedProgram | torch.jit.ScriptModule,
+    *,
+    example_inputs: Any = None,
+    backend: str = "auto",
+    strict: bool = False,
+    disable: Iterable[str] = (),
+    only: Iterable[str | int] | str | int | None = None,
+    kernels: str = "auto",
+    dynamic: bool | None = None,
+) -> Any: ...
+
+
+@overload
 def optimize(
     model: Model,
     *,
@@ -25,7 +44,20 @@ def optimize(
     only: Iterable[str | int] | str | int | None = None,
     kernels: str = "auto",
     dynamic: bool | None = None,
-) -> Model:
+) -> Model: ...
+
+
+def optimize(
+    model: Any,
+    *,
+    example_inputs: Any = None,
+    backend: str = "auto",
+    strict: bool = False,
+    disable: Iterable[str] = (),
+    only: Iterable[str | int] | str | int | None = None,
+    kernels: str = "auto",
+    dynamic: bool | None = None,
+) -> Any:
     """Let a model compute its hand-written norms with the fastest code that gives the same values.
 
     The model is returned, not a wrapper: class, parameters, `state_dict` keys, hooks, copies and
@@ -33,9 +65,16 @@ def optimize(
     mode and kind of input; `explain(model, *inputs)` shows it. Calling `optimize` again replaces
     the options.
 
+    An exported program, or the `.pt2` file of one, gives an exported program. A scripted module, or
+    its `.pt` file, gives a scripted module in evaluation, in training a module that Python runs.
+    What is given stays as it is; the result has its tensors and its names. A program or a scripted
+    module that comes back runs without this package.
+
     Args:
-        model: a module, or a function (then a function is returned).
-        backend: what runs the model afterwards: "eager", "inductor" or any backend that
+        model: a module, or a function (then a function is returned); an exported program, a
+            scripted module, or the file of one.
+        example_inputs: of a scripted module in evaluation, the arguments of a call.
+        backend: what runs a module or function afterwards: "eager", "inductor" or any backend that
             `torch.compiler.list_backends()` names; "auto" is Inductor on a GPU, eager on a CPU.
         strict: leave a norm alone where rewriting it would be more accurate than its source.
         disable: names of passes, or kinds of norm ("layer_norm"), that are switched off.
@@ -46,17 +85,26 @@ def optimize(
         dynamic: as in `torch.compile`: None learns from sizes that change.
 
     Raises:
-        TypeError: the model is neither a module nor a function, or is a scripted one.
-        ValueError: a backend, pass, kind or kernel that does not exist.
+        TypeError: the model is nothing of these; example inputs are missing, or are not wanted.
+        ValueError: a backend, pass, kind or kernel that does not exist; example inputs that do not
+            fit; a file that is damaged or that could run code when it is loaded.
     """
-    check_model(model, "optimize")
     _check_backend(backend)
+    if is_given(model):
+        options = checked_options(strict=strict, disable=disable, only=only, kernels=kernels)
+        result = optimize_given(model, options, example_inputs)
+        if not isinstance(result, Scripted):
+            return result
+        model = result
+    elif example_inputs is not None:
+        raise TypeError("example_inputs are for a scripted module; a module learns from its calls")
+    check_model(model, "optimize")
     options = checked_options(strict=strict, disable=disable, only=only, kernels=kernels)
     hook = Hook(backend, options, dynamic)
     if isinstance(model, nn.Module):
         _detach_statistics(model)
         install(model, hook)
-        return model  # type: ignore[return-value, unused-ignore]
+        return model
     function = unwrapped(model)
 
     @functools.wraps(function)
@@ -64,7 +112,7 @@ def optimize(
         return function(*args, **kwargs) if is_traced() else hook.run(function, *args, **kwargs)
 
     vars(optimized)[KEY] = hook
-    return optimized  # type: ignore[return-value]
+    return optimized
 
 
 def unwrapped(model: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import fx
 
 Kind = Literal["parameter", "buffer", "attribute", "input"]
 
+ORIGIN = "origin"  # in a placeholder's meta: kind and name, where no source of Dynamo's has them
 _REGISTRIES: dict[str, Kind] = {"_parameters": "parameter", "_buffers": "buffer"}
 _STEP = re.compile(r"\.?(\w+)|\[(?:'([^']*)'|\"([^\"]*)\"|(-?\d+))\]")
 
@@ -18,6 +19,9 @@ def locate(placeholder: fx.Node) -> tuple[Kind, str | None]:
 
     "L['self']._modules['bn']._buffers['running_mean']" is ("buffer", "bn.running_mean").
     """
+    known: tuple[Kind, str | None] | None = placeholder.meta.get(ORIGIN)
+    if known is not None:
+        return known
     name = source_name(placeholder)
     if name is None:
         return "input", None

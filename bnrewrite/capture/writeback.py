@@ -116,7 +116,7 @@ def write_back(
         for update in sorted(inside, key=lambda each: not each.history):
             _copy(graph, named[update.placeholder], values[update.value])
     _without_gradients(graph, sum(not update.history for update in inside), grad_enabled, output)
-    _drop_idle_modes(graph, grad_enabled)
+    drop_idle_modes(graph, grad_enabled)
     moved = [update.placeholder for update in outside]
     results = [
         values[each] if isinstance(each, int) else (None if each in moved else named[each])
@@ -159,7 +159,7 @@ def _without_gradients(graph: fx.Graph, count: int, grad_enabled: bool, output: 
         graph.call_function(torch._C._set_grad_enabled, (True,))
 
 
-def _drop_idle_modes(graph: fx.Graph, grad_enabled: bool) -> None:
+def drop_idle_modes(graph: fx.Graph, grad_enabled: bool) -> None:
     """Drop gradient modes that are set for nothing, as a removed update leaves them behind."""
     modes = [node for node in graph.nodes if node.target is torch._C._set_grad_enabled]
     for node in modes:
