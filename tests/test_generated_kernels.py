@@ -190,6 +190,18 @@ def test_two_forwards_before_a_backward_and_buffers_that_change_between() -> Non
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_without_a_kernel_a_buffer_may_change_before_the_backward() -> None:
+    text = "x[n c h w] over n c; t0[c h] fixed; centre = M; scale = t0*(V + 1.0e-5)**(-1/2)"
+    problem = draw(text, (3, 8, 5, 7))
+    x, scale = problem.x.float().requires_grad_(), problem.tensors[0].float()
+    assert not has_kernel(text, x, scale)  # it varies along the rows and along the columns
+    assert compare(problem, norm_with_updates, torch.float32) == []
+    expected = torch.autograd.grad(norm(text, x, scale), x, problem.cotangent.float())
+    y = norm(text, x, scale)
+    scale.zero_()
+    torch.testing.assert_close(torch.autograd.grad(y, x, problem.cotangent.float()), expected)
+
+
 def test_updates_have_the_kept_axes_and_their_own_memory() -> None:
     text = f"{PROGRAMS['instance']}; u0 = M; u1 = V"
     problem = draw(text, (3, 8, 5, 7), "second axis inside")
@@ -212,6 +224,13 @@ def test_what_has_no_kernel_runs_by_operations() -> None:
     assert norm(text, x[:0], one, one).shape == (0, 5, 37)
     with pytest.raises(RuntimeError, match="invalid for input of size 3"):
         norm(text, x, torch.ones(3), one)
+
+
+def test_a_default_device_is_not_where_moments_are_written() -> None:
+    text, x, one = PROGRAMS["layer"], torch.randn(3, 5, 37), torch.ones(37)
+    expected = norm(text, x, one, one)
+    with torch.device("meta"):
+        assert torch.equal(norm(text, x, one, one), expected)
 
 
 def test_cotangents_in_another_layout() -> None:

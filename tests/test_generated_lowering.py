@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 from bnrewrite import explain, optimize
 from bnrewrite.kernels.generated import kernel, runtime
+from bnrewrite.passes.generated import write_generated
+from bnrewrite.passes.nodes import Unwritable
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 KEEP: dict[str, Any] = {"dim": -1, "keepdim": True}
@@ -225,6 +227,21 @@ def test_sizes_that_change_from_call_to_call() -> None:
         torch.testing.assert_close(model(x), users(x))
 
 
+def test_a_bias_that_changes_before_the_backward() -> None:
+    """No gradient depends on its value: a step of an optimiser in between is the user's right."""
+    users = Rows().double()
+    found = []
+    for model in (users, generated(copy.deepcopy(users))):
+        x = torch.ones(3, 4, 24, dtype=torch.float64).cumsum(-1).sin().requires_grad_()
+        y = model(x)
+        with torch.no_grad():
+            model.bias += 1
+        leaves = [x, model.weight, model.bias]
+        first = torch.autograd.grad((y**3).sum(), leaves, create_graph=True)
+        found.append([*first, *torch.autograd.grad(first[0].square().sum(), leaves[:2])])
+    torch.testing.assert_close(*found)
+
+
 def test_more_sizes_than_are_remembered() -> None:
     """Each has its backward, also those that were forgotten before it."""
     runtime.build()
@@ -263,6 +280,50 @@ def test_squares_of_distances_are_not_added_up_from_rounded_parts(size: int) -> 
     exact = distance(x.double(), of.double())
     user = (distance(x, of) - exact).abs().max()
     assert (generated(distance)(x, of) - exact).abs().max() <= 3 * user
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(**KEEP)) / (x.std(**KEEP) + 1e-3)
+
+
+WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "a mean of magnitudes": (
+        lambda x, _: (x - x.mean(**KEEP)) / (x.abs().mean(**KEEP) + 1),
+        "another statistic than the mean and the variance",
+    ),
+    "statistics of two axes": (
+        lambda x, _: (x - x.mean(0)) / (x.std(**KEEP) + 1e-3),
+        "another statistic than the mean and the variance",
+    ),
+    "a variance of each element": (
+        lambda x, w: (x - x.mean(**KEEP)) / (x.var(**KEEP) + w[0].square()).sqrt(),
+        "a function of a statistic and of a tensor inside its group",
+    ),
+    "a rounded distance": (
+        lambda x, w: standardised(x) * (x.mean(**KEEP) - 99 - w[:, :1]).pow(2),
+        "a sum in it would lose digits in another order of operations",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_what_has_no_kernel_takes_another_lowering(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, reason = WITHOUT_KERNEL[name]
+    reasons: list[str] = []
+
+    def watched(*given: Any) -> Any:
+        try:
+            return write_generated(*given)
+        except Unwritable as raised:
+            reasons.append(str(raised))
+            raise
+
+    monkeypatch.setattr("bnrewrite.passes.lower.write_generated", watched)
+    x, w = torch.randn(6, 64), torch.randn(6, 64)
+    torch.testing.assert_close(generated(function)(x, w), function(x, w))
+    assert reason in reasons
 
 
 def test_the_sizes_from_which_a_kernel_is_chosen() -> None:

@@ -53,7 +53,17 @@ def test_passes_is_not_importable_under_another_name() -> None:
 
 def test_types_are_shipped() -> None:
     assert (ROOT / "bnrewrite" / "py.typed").is_file()
-    assert PROJECT["tool"]["setuptools"]["package-data"] == {"bnrewrite": ["py.typed"]}
+    assert PROJECT["tool"]["setuptools"]["package-data"]["bnrewrite"] == ["py.typed"]
+
+
+def test_what_is_not_python_is_shipped() -> None:
+    """Headers of kernels: without them nothing can be imported."""
+    shipped = PROJECT["tool"]["setuptools"]["package-data"]
+    others = [path for path in (ROOT / "bnrewrite").rglob("*") if path.suffix in (".h", ".cpp")]
+    assert others
+    for path in others:
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        assert any(path.match(pattern) for pattern in shipped[package])
 
 
 def test_backend_is_found_by_its_name() -> None:

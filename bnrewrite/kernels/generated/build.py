@@ -154,7 +154,7 @@ def _compile(text: str, command: list[str], links: Sequence[str], path: Path) ->
         try:
             run = subprocess.run(
                 [*command, "-o", str(made), str(source), *links],
-                capture_output=True, text=True, timeout=600, check=False,
+                capture_output=True, text=True, errors="replace", timeout=600, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NoCompiler(f"{command[0]} did not run: {error}") from error

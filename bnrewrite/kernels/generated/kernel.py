@@ -46,6 +46,7 @@ class Kernel:
         result: the dtype of y.
         free: the tensors that take a gradient.
         used: those that a backward reads.
+        firm: those of which it needs the values of the forward.
         updates: how many there are.
         residual: a tensor is added before the activation.
     """
@@ -64,6 +65,7 @@ class Kernel:
     result: torch.dtype
     free: tuple[int, ...]
     used: tuple[int, ...]
+    firm: tuple[int, ...]
     updates: int
     residual: bool
 
@@ -116,6 +118,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         result=result,
         free=tuple(source.free()),
         used=tuple(source.used()),
+        firm=tuple(source.firm()),
         updates=len(program.updates),
         residual=program.residual,
     )
@@ -123,7 +126,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
 
 @cache
 def compiled_functions(source: Source) -> ctypes.CDLL | None:
-    """The library of a source; None where there is none."""
+    """What a source is compiled to, once in a process, whatever the sizes; None for nothing."""
     try:
         body = columns_source(source) if source.layout.columns else rows_source(source)
         return library(body, source.single)

@@ -129,6 +129,20 @@ class Source:
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
+    def firm(self) -> list[int]:
+        """The tensors on whose values a gradient depends: a bias is none, but for an activation."""
+        program, made = self.program, self.gradients
+        values = [program.centre, made.mean, made.variance, *made.groups.values()]
+        values += [each.element for each in made.sums]
+        values += [value for term in program.scale for value in (term.group, term.element)]
+        if program.activation and not program.residual:
+            values += [value for term in program.shift for value in (term.group, term.element)]
+        for slopes in made.inside.values():
+            values += [element for part in slopes for _, element in part]
+            values += [program.shift[place].group for place, _ in slopes[1]]
+        symbols = {symbol for value in values for symbol in value.free_symbols}
+        return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
+
     def runs(self, number: int) -> list[int]:
         """The loops along which a tensor runs."""
         return [i for i, loop in enumerate(self.layout.loops) if number in loop.tensors]

@@ -29,7 +29,7 @@ def forward(
     count = len(kernel.orders)
     residual = _like(given[count], x) if kernel.residual else None
     y = torch.empty_like(x, dtype=kernel.result)
-    both = torch.empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.single)
+    both = x.new_empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.single)
     moments, new = both[: kernel.saved], both[kernel.saved :]
     dense = [_dense(t, order) for t, order in zip(given[:count], kernel.orders, strict=True)]
     kernel.run(kernel.forward, [x, residual, y, moments, new, *dense])
@@ -50,7 +50,8 @@ class Recorded(torch.autograd.Function):
         y, moments, updates = forward(kernel, x, given)
         kept: list[Tensor | None] = [None] * len(kernel.orders)
         for i in kernel.used:  # a buffer may change before the backward; a copy does not
-            kept[i] = given[i] if i in kernel.free else given[i].clone()
+            changed = given[i] if i in kernel.firm else given[i].data  # whatever its value is
+            kept[i] = changed if i in kernel.free else given[i].clone()
         residual = given[len(kept) :]
         ctx.save_for_backward(x, moments, y if residual else None, *kept, *residual)
         ctx.kernel, ctx.text = kernel, text
@@ -107,7 +108,8 @@ def of_reference(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # by other names: x may be made of the same weight, which is no way that counts here
-        given = [None if t is None else t.view_as(t) for t in given]
+        pairs = zip(given, needed, strict=True)
+        given = [None if t is None else _alias(t, need) for t, need in pairs]
         x, *tensors = given
         assert x is not None
         filled = [x.new_zeros(()) if t is None else t for t in tensors]  # of updates alone
@@ -116,6 +118,13 @@ def of_reference(
     wanted = [tensor for tensor, need in pairs if need and tensor is not None]
     made = iter(torch.autograd.grad(y, wanted, cotangent, create_graph=again, allow_unused=True))
     return [next(made) if need else None for need in needed]
+
+
+def _alias(tensor: Tensor, needed: bool) -> Tensor:
+    """The same by another name, which has a gradient of its own."""
+    if tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_(needed)
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:

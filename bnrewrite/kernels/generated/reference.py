@@ -49,7 +49,9 @@ def reference(
     values = [
         _placed(t, own, axes, sizes) for t, own in zip(tensors, program.tensors, strict=False)
     ]
-    values = [v.detach() if i in program.fixed else v for i, v in enumerate(values)]
+    values = [  # a buffer may change before a backward; a copy does not
+        v.detach().clone() if i in program.fixed else v for i, v in enumerate(values)
+    ]
     if split.dtype in (torch.float16, torch.bfloat16):
         split, values = split.float(), [v.float() for v in values]
     if program.about_zero:

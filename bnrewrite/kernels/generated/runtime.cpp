@@ -43,7 +43,7 @@ struct Kernel : torch::CustomClassHolder {
   at::ScalarType single, result;
   Order kept;
   std::vector<Order> orders;
-  Numbers free, used;
+  Numbers free, used, firm;
   PyObject *reference;
 };
 
@@ -158,9 +158,15 @@ struct Norm : torch::autograd::Function<Norm> {
       const auto has = [&](const Numbers &list) {
         return std::find(list.begin(), list.end(), int64_t(i)) != list.end();
       };
-      // A buffer may change before the backward; a copy of it does not.
-      const bool used = i >= count || has(kernel->used);
-      saved.push_back(!used ? Tensor() : i >= count || has(kernel->free) ? tensors[i] : tensors[i].clone());
+      if (i < count && !has(kernel->used)) {
+        saved.emplace_back();
+      } else if (i < count && !has(kernel->free)) {
+        saved.push_back(tensors[i].clone()); // a buffer may change before the backward
+      } else if (i < count && !has(kernel->firm)) {
+        saved.push_back(tensors[i].variable_data()); // and so may this: its value is not asked for
+      } else {
+        saved.push_back(tensors[i]);
+      }
     }
     context->save_for_backward(std::move(saved));
     context->saved_data["kernel"] = c10::IValue::make_capsule(kernel);
@@ -286,7 +292,7 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
   kernel->loops = list();
   const Numbers extents = list();
   kernel->extents.assign(extents.begin(), extents.end());
-  kernel->free = list(), kernel->used = list();
+  kernel->free = list(), kernel->used = list(), kernel->firm = list();
   kernel->kept.sizes = list(), kernel->kept.places = list();
   kernel->orders.resize(plain[10]);
   for (Order &order : kernel->orders) order.sizes = list(), order.places = list();
