@@ -59,14 +59,15 @@ def write_frozen(writing: Writing) -> fx.Node:
     channels = (writing.layout[1],)
     weight = writing.vector(parts.weight, channels, 1, writing.dtype)
     bias = writing.vector(parts.bias, channels, 0, writing.dtype)
-    centred = centre(writing.reading, writing.match) is not None
+    reading, found = writing.reading, writing.match
+    looks = centre(reading, found) is not None and not has_small_means(reading, found)
     mean, variance = (
-        _statistic(writing, atom, channels, as_stored=centred)
+        _statistic(writing, atom, channels, as_stored=looks)
         for atom in (parts.mean, parts.variance)
     )
     given = (writing.input(), weight, bias, mean, variance)
     eps = float(parts.eps)
-    if centred and writing.in_place:
+    if looks:
         return writing.finish(writing.emitter.call(frozen_batch_norm, *given, eps))
     y = writing.emitter.call(aten.batch_norm.default, *given, False, 0.0, eps, True)
     return writing.finish(y)

@@ -41,13 +41,20 @@ def test_a_spelling_in_eager_mode(row: Spelling) -> None:
     assert violations == []
 
 
-def test_only_the_eager_stage_takes_a_norm_for_a_sum_of_squares() -> None:
+def test_only_the_eager_stage_has_kernels() -> None:
     x = torch.randn(512, 256)  # large enough that it is the faster one there
     lowerings = {}
     for backend in ("eager", "aot_eager"):
         (site,) = explain(optimize(by_mean_square, backend=backend), x).sites
         lowerings[backend] = site.kind, site.lowering
-    assert lowerings == {"eager": ("rms_norm", "composite"), "aot_eager": ("rms_norm", "native")}
+    assert lowerings == {"eager": ("rms_norm", "generated"), "aot_eager": ("rms_norm", "native")}
+
+
+def test_a_norm_for_a_sum_of_squares_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnrewrite.passes.plan.why_no_kernels", lambda: "there is no compiler")
+    (site,) = explain(optimize(by_mean_square, backend="eager"), torch.randn(512, 256)).sites
+    assert (site.kind, site.lowering) == ("rms_norm", "composite")
+    assert site.notes == ("no kernel is compiled for it: there is no compiler",)
 
 
 ROWS = {
