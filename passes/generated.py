@@ -266,14 +266,18 @@ class _Text:
         if isinstance(base, Extent):
             return self._extent(base)
         if isinstance(base, Function):
-            bounds = [argument.constant for argument in base.arguments[1:]]
-            if base.name not in FUNCTIONS or None in bounds:
-                raise Unwritable(f"no kernel has the function {base.name}")
-            return f"{FUNCTIONS[base.name]}({', '.join(self.sum(a) for a in base.arguments)})"
+            return self._function(base)
         assert isinstance(base, Atom)
         if base.id not in self.tensors:
             self.tensors[base.id] = self._tensor(base)
         return self.tensors[base.id]
+
+    def _function(self, base: Function) -> str:
+        """A root, or the larger of a statistic and a number; the number stands in any place."""
+        values = sorted(base.arguments, key=lambda argument: argument.constant is not None)
+        if base.name not in FUNCTIONS or any(v.constant is None for v in values[1:]):
+            raise Unwritable(f"no kernel has the function {base.name}")
+        return f"{FUNCTIONS[base.name]}({', '.join(map(self.sum, values))})"
 
     def _extent(self, base: Extent) -> str:
         """A symbolic size by the extents of the axes of x."""
