@@ -235,7 +235,7 @@ def test_a_bias_that_changes_before_the_backward() -> None:
         x = torch.ones(3, 4, 24, dtype=torch.float64).cumsum(-1).sin().requires_grad_()
         y = model(x)
         with torch.no_grad():
-            model.bias += 1
+            model.bias.add_(1)
         leaves = [x, model.weight, model.bias]
         first = torch.autograd.grad((y**3).sum(), leaves, create_graph=True)
         found.append([*first, *torch.autograd.grad(first[0].square().sum(), leaves[:2])])
