@@ -55,7 +55,7 @@ def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | No
     x = current(writing.match.linear.source)
     target: Callable[..., Any] = norm_with_updates if state.updates else norm
     if epilogue is not None:
-        writing.emitter.before = epilogue.last
+        writing.emitter.before = writing.replaced = epilogue.last
     written = text.program(epilogue)
     residual = [] if epilogue is None or epilogue.residual is None else [epilogue.residual]
     made = writing.emitter.call(target, written, x, *text.nodes, *residual)

@@ -137,9 +137,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         reason = "one of its sizes is read out of a tensor, and known only when the graph runs"
         decision.refusal = Refusal(reason, found.node)
         return
-    replaced = found.node
-    if decision.lowering == "generated" and decision.epilogue is not None:
-        replaced = decision.epilogue.last
+    replaced = decision.replaced
     replaced.replace_all_uses_with(replacement)
     replaced.meta["replaced_by"] = replacement
     for old, new in state.replaced.items():

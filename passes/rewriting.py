@@ -62,6 +62,13 @@ class Decision:
     state: list[str] = field(default_factory=list)
     record: Site | None = None
 
+    @property
+    def replaced(self) -> fx.Node:
+        """The node that the lowering takes the place of; a kernel takes the epilogue along."""
+        if self.epilogue is not None and self.lowering == "generated":
+            return self.epilogue.last
+        return self.match.node
+
 
 class Rewriting:
     """One run of the pipeline over one graph.

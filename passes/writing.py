@@ -42,6 +42,7 @@ class Writing:
         in_place: bool = False,
     ) -> None:
         self.in_place = in_place
+        self.replaced = match.node
         self.match = match
         self.reading = reading
         self.layout = layout or split_layout(match.linear.index, match.over)
@@ -197,7 +198,7 @@ class Writing:
         return written
 
     def finish(self, value: Value, dims: Dims | None = None) -> fx.Node:
-        """The replacement of the site's node: its shape, dtype, strides and gradient."""
+        """The replacement: the shape, dtype, strides and gradient of what is replaced."""
         if not isinstance(value, fx.Node):
             raise Unwritable("a norm that is a constant")
         linear = self.match.linear
@@ -206,7 +207,7 @@ class Writing:
         node = self._with_strides(node)
         if linear.detached:
             node = self.emitter.call(aten.detach.default, node)
-        before, after = self.match.node.meta["val"], node.meta["val"]
+        before, after = self.replaced.meta["val"], node.meta["val"]
         shapes = [[size_of(s) for s in v.shape] for v in (before, after)]
         if shapes[0] != shapes[1] or before.dtype != after.dtype or before.device != after.device:
             raise Unwritable(
@@ -217,7 +218,7 @@ class Writing:
 
     def _with_strides(self, node: fx.Node) -> fx.Node:
         """The user's memory layout: what comes after may rely on it."""
-        wanted, found = self.match.node.meta["val"], node.meta["val"]
+        wanted, found = self.replaced.meta["val"], node.meta["val"]
         if _strides(wanted) == _strides(found):
             return node
         order = sorted(range(wanted.dim()), key=lambda d: -hint(wanted.stride(d)))
