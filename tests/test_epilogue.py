@@ -21,17 +21,19 @@ Ending = Callable[[Tensor, Tensor], Tensor]
 class Block(nn.Module):
     """A batch norm with running statistics and what follows it."""
 
+    running: Tensor
+
     def __init__(self, ending: Ending) -> None:
         super().__init__()
         self.ending = ending
         self.weight = nn.Parameter(torch.rand(6) + 0.5)
         self.bias = nn.Parameter(torch.randn(6))
-        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("running", torch.zeros(6))
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
         with torch.no_grad():
-            self.mean.mul_(0.9).add_(0.1 * mean)
+            self.running.mul_(0.9).add_(0.1 * mean)
         along = (-1, 1, 1)
         y = (x - mean.view(along)) / torch.sqrt(variance.view(along) + 1e-5)
         return self.ending(y * self.weight.view(along) + self.bias.view(along), other)
