@@ -147,6 +147,10 @@ class Source:
         """The loops along which a tensor runs."""
         return [i for i, loop in enumerate(self.layout.loops) if number in loop.tensors]
 
+    def size(self, number: int) -> str:
+        """How many elements a tensor has."""
+        return " * ".join(f"n{loop}" for loop in self.runs(number)) or "1"
+
     def signature(self, name: str, pointers: Sequence[tuple[str, str]]) -> str:
         """The head of a function: what it points to, the lengths of its loops, the extents."""
         loops = range(len(self.layout.loops))
