@@ -29,3 +29,8 @@ def check_program(text: str) -> str | None:
     except Unprintable as reason:
         return str(reason)
     return None
+
+
+def copied(text: str) -> frozenset[int]:
+    """The numbers of the tensors that no backward keeps: it reads copies, or none."""
+    return parse(text).fixed

@@ -98,7 +98,7 @@ def updates(source: Source) -> list[str]:
     """What buffers take of a group."""
     named = [(f"new{i}", value) for i, value in enumerate(source.program.updates)]
     lines = of_groups(named) if named else []
-    return lines + [f"updates[{i} * groups + group] = acc(new{i});" for i in range(len(named))]
+    return lines + [f"update{i}[group] = acc(new{i});" for i in range(len(named))]
 
 
 def group_gradients(source: Source, of_group: list[int]) -> list[str]:

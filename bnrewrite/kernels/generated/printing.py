@@ -174,7 +174,7 @@ class Source:
         given = [(f"const {t}", f"p{i}") for i, t in enumerate(tensors)]
         return [
             (f"const {x}", "x"), (f"const {x}", "residual"), (y, "y"), ("acc", "moments"),
-            ("acc", "updates"), *given,
+            *[("acc", f"update{i}") for i in range(len(self.program.updates))], *given,
         ]  # fmt: skip
 
     def backward_arguments(self) -> list[tuple[str, str]]:
