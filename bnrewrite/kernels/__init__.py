@@ -8,7 +8,14 @@ from typing import Any
 from .batched import batch_norm
 from .folding import folded
 from .frozen import frozen_batch_norm
-from .generated import check_program, copied, norm, norm_with_updates, why_no_kernels
+from .generated import (
+    check_program,
+    copied,
+    may_follow_residual,
+    norm,
+    norm_with_updates,
+    why_no_kernels,
+)
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
@@ -23,6 +30,7 @@ __all__ = [
     "group_norm",
     "has_dense_channels",
     "layer_norm",
+    "may_follow_residual",
     "norm",
     "norm_with_updates",
     "why_no_kernels",

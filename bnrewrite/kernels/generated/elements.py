@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from .printing import Source
+from typing import Any
+
+import sympy
+
+from .activations import Z, activation
+from .printing import ElementPrinter, Source
 
 
 class Element:
@@ -32,7 +37,8 @@ class Element:
         return [
             *self._read(),
             f"const V made = {made};",
-            f"store(y + {self.at}, V({self.source.activated('made')}));",
+            *_activated(self.source.program.activation),
+            f"store(y + {self.at}, V(result));",
         ]
 
     def backward(self) -> list[str]:
@@ -42,8 +48,8 @@ class Element:
             made = f"load<V>(y + {self.at})" if program.residual else self._made()
             lines += [
                 f"const V made = {made};",
-                f"V g = load<V>(dy + {self.at});",
-                f"g = {self.source.masked('made')};",
+                f"const V given = load<V>(dy + {self.at});",
+                *_differentiated(program.activation),
             ]
         else:
             lines.append(f"const V g = load<V>(dy + {self.at});")
@@ -72,3 +78,52 @@ class Element:
     def _made(self) -> str:
         shift = f" + ({self.shift})" if self.shift else ""
         return f"({self.scale}) * u{shift}"
+
+
+class _ActivationPrinter(ElementPrinter):
+    """Formulas of z with the functions of ``functions.h``."""
+
+    def _print_exp(self, value: Any) -> str:
+        return self._call("exponential", value)
+
+    def _print_tanh(self, value: Any) -> str:
+        return self._call("hyperbolic_tangent", value)
+
+    def _print_Logistic(self, value: Any) -> str:
+        return self._call("logistic", value)
+
+    def _print_LogisticSlope(self, value: Any) -> str:
+        return self._call("logistic_slope", value)
+
+    def _print_Normal(self, value: Any) -> str:
+        return self._call("normal", value)
+
+    def _call(self, name: str, value: Any) -> str:
+        return f"{name}(V({self._print(value.args[0])}))"
+
+
+def _activated(text: str) -> list[str]:
+    """``result`` of ``made``."""
+    found = activation(text)
+    if found is None:
+        return ["const V result = made;"]
+    if found.formula is None:
+        return [f"const V result = {found.pieces[0]};"]
+    return _printed(found.formula, "result")
+
+
+def _differentiated(text: str) -> list[str]:
+    """The cotangent ``g`` of ``made``, of that of the result, ``given``."""
+    found = activation(text)
+    assert found is not None
+    if found.formula is None:
+        return [f"const V g = {found.pieces[1]};"]
+    return [*_printed(sympy.diff(found.formula, Z), "slope"), "const V g = given * slope;"]
+
+
+def _printed(formula: sympy.Expr, name: str) -> list[str]:
+    """A formula of ``made``, common parts once."""
+    common, (value,) = sympy.cse(formula.subs(Z, sympy.Symbol("made", real=True)))
+    printer = _ActivationPrinter()
+    pairs = [*((str(symbol), part) for symbol, part in common), (name, value)]
+    return [f"const V {each} = {printer.doprint(part)};" for each, part in pairs]

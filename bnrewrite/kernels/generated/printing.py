@@ -46,7 +46,7 @@ class _Groups(CXX17CodePrinter):  # type: ignore[misc]
         return f"inverse_root({self._print(value.args[0])})"
 
 
-class _Elements(CXX17CodePrinter):  # type: ignore[misc]
+class ElementPrinter(CXX17CodePrinter):  # type: ignore[misc]
     """Sums, products and quotients of elements, in the precision that the kernel computes in."""
 
     def _print_Integer(self, expr: Any) -> str:
@@ -73,7 +73,7 @@ class _Elements(CXX17CodePrinter):  # type: ignore[misc]
 
 def of_elements(value: sympy.Expr) -> str:
     """An expression of elements."""
-    return str(_Elements().doprint(value))
+    return str(ElementPrinter().doprint(value))
 
 
 def of_groups(named: Sequence[tuple[str, sympy.Expr]], letter: str = "z") -> list[str]:
@@ -240,24 +240,6 @@ class Source:
             return " + ".join(parts)
 
         return written("a", self.program.scale), written("b", self.program.shift)
-
-    def activated(self, value: str) -> str:
-        """The activation of a vector or number."""
-        kind = self.program.activation
-        if kind == "relu":
-            return f"({value} < acc(0) ? V{{}} : {value})"
-        if kind == "relu6":
-            return f"({value} < acc(0) ? V{{}} : {value} > acc(6) ? V{{}} + acc(6) : {value})"
-        return value
-
-    def masked(self, value: str) -> str:
-        """The cotangent behind the activation whose argument is a value."""
-        kind = self.program.activation
-        if kind == "relu":
-            return f"({value} <= acc(0) ? V{{}} : g)"
-        if kind == "relu6":
-            return f"({value} <= acc(0) ? V{{}} : {value} >= acc(6) ? V{{}} : g)"
-        return "g"
 
     def statistics(self, index: str, count: str) -> list[str]:
         """M and V of a group from what was saved."""
