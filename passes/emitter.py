@@ -142,19 +142,8 @@ class Emitter(Nodes):
 
     def _has_mean(self, polynomial: Polynomial) -> bool:
         """Whether E[x] is inside: then V is too, and ``var_mean`` gives both in one go."""
-        todo, seen = list(polynomial.bases()), set()
-        means = [next(iter(m.mean.bases())) for m, _ in self.variances]
-        while todo:
-            base_id = todo.pop()
-            if base_id in means:
-                return True
-            seen.add(base_id)
-            base = self.ring.bases[base_id]
-            if isinstance(base, Sum):
-                todo += base.polynomial.bases() - seen
-            elif isinstance(base, Function):
-                todo += {b for a in base.arguments for b in a.bases()} - seen
-        return False
+        means = {next(iter(m.mean.bases())) for m, _ in self.variances}
+        return any(base.id in means for base in self.ring.within(polynomial))
 
     def _sum(self, polynomial: Polynomial) -> Value:
         for moments, variance in self.variances:

@@ -81,7 +81,8 @@ def optimize(
         only: kinds of norm, or numbers of sites, that are rewritten; None for all. Numbers are
             those in the report on the call at which a graph is first used; as an option of
             `torch.compile(backend="bnrewrite")` they count from 0 in each graph.
-        kernels: "auto", or "native" or "composite" for lowerings of that kind alone.
+        kernels: "auto"; "native" for PyTorch's operators alone, "composite" for none of them;
+            "generated" for kernels printed from the formula wherever it has one, at any size.
         dynamic: as in `torch.compile`: None learns from sizes that change.
 
     Raises:
