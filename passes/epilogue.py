@@ -3,7 +3,8 @@
 Before:  z = relu(norm(x)),  z = relu(norm(x) + residual)
 After:   the site has an epilogue, which a kernel computes while it writes the norm.
 Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device; a
-region of other gradient mode between the two.
+region of other gradient mode between the two; ReLU6 of a sum, for which a backward would need its
+result, which users may write over: the mask of ReLU is made of the result in their code too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _epilogue(decision: Decision) -> Epilogue | None:
         residual = _residual(last, decision)
         end = None if residual is None else _only_user(last)
         activation = None if end is None else _activation(end, last)
-        if activation is None or end is None:
+        if activation != "relu" or end is None:
             return None
         last = end
     return Epilogue(activation, residual, last)

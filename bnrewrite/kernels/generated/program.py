@@ -151,6 +151,13 @@ class Program:
 
 
 @cache
+def before_residual(text: str) -> str:
+    """The program without its residual and its activation."""
+    parts = [part.strip() for part in text.split(";")]
+    return "; ".join(part for part in parts if part not in ("residual", *ACTIVATIONS))
+
+
+@cache
 def parse(text: str) -> Program:
     """The program of a text."""
     head, *parts = (part.strip() for part in text.split(";"))
