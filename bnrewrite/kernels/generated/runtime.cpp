@@ -253,6 +253,8 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     pybind11::gil_scoped_release without_lock;
     if (kernel->copies) given[0] = given[0].clone(at::MemoryFormat::Preserve);
     if (recorded && c10::GradMode::is_enabled()) {
+      for (Tensor &one : given)
+        if (one.is_inference()) one = one.clone(); // to be saved
       made = Norm::apply(kernel, at::TensorList(given));
     } else {
       at::NoGradGuard no_grad;
