@@ -141,7 +141,7 @@ def _masked(cotangent: Tensor, y: Tensor | None, activation: str) -> Tensor:
         return cotangent
     assert y is not None
     y = y.detach()
-    shut = y <= 0 if activation == "relu" else (y <= 0) | (y >= 6)  # noqa: PLR2004
+    shut = y <= 0 if activation == "relu" else (y <= 0) | (y >= 6)
     return torch.where(shut, 0.0, cotangent)
 
 
