@@ -119,8 +119,8 @@ def of_reference(
     program = parse(text)
     if program.residual:
         cotangent = _masked(cotangent, given[-1], program.activation)
-        made = of_reference(before_residual(text), given[:-1], needed[:-1], cotangent)
-        return [*made, cotangent if needed[-1] else None]
+        found = of_reference(before_residual(text), given[:-1], needed[:-1], cotangent)
+        return [*found, cotangent if needed[-1] else None]
     with torch.enable_grad():
         # by other names: x may be made of the same weight, which is no way that counts here
         pairs = zip(given, needed, strict=True)
