@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bnrewrite.algebra import Match, Reading, chain, find, read, remarks
+from bnrewrite.algebra import Match, Reading, chain, find, read, remarks, shares_its_errors
 from bnrewrite.algebra.expression import exact
 
 from .rewriting import Decision, Refusal, Rewriting
@@ -41,6 +41,9 @@ def _decision(reading: Reading, found: Match) -> Decision:
     """A site as it is found; what only looks like a norm is refused at once."""
     if found.left:
         return Decision(found, refusal=Refusal(str(found.reason), found.node))
+    if shares_its_errors(reading, found):
+        reason = "it is not centred, and a statistic that would become more accurate is used beside"
+        return Decision(found, refusal=Refusal(reason, found.node))
     return Decision(found, notes=remarks(reading, found))
 
 

@@ -49,6 +49,7 @@ class Writing:
         self.result_dtype = dtype_of(match.node)
         self.dtype = compute_dtype(reading, match)
         self.emitter = Emitter(reading, match.node, self.layout, self.dtype, reusable, dict(sizes))
+        self.emitter.copies = in_place
         self.emitter.sizes_of(match.linear.source)
         self._moments: dict[bool, tuple[fx.Node, fx.Node]] = {}
         self._square: dict[bool, fx.Node] = {}
@@ -171,7 +172,9 @@ class Writing:
     def along(self, dims: Dims) -> Emitter:
         """An emitter for tensors that run along some of the axes only."""
         reusable, sizes = self.emitter.reusable, self.emitter.sizes
-        return Emitter(self.reading, self.match.node, dims, self.dtype, reusable, sizes)
+        emitter = Emitter(self.reading, self.match.node, dims, self.dtype, reusable, sizes)
+        emitter.copies = self.in_place
+        return emitter
 
     def vector(self, value: Polynomial, dims: Dims, neutral: int, dtype: torch.dtype) -> Any:
         """A weight or bias of exactly the shape of ``dims``; None where it is neutral."""
