@@ -3,6 +3,10 @@
     error(file) <= 3 error(user's model) + floor            both against float64
 
 as `bnrewrite.verify` measures it, in the traced sizes and in others where sizes may vary.
+
+One mean over a whole tensor is a single number, which the user's code may have to the last digit by
+luck, and onnxruntime sums in another order. So what seems wrong is looked at for several inputs,
+over which the errors of both are the largest: luck goes, what is wrong stays wrong.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from .session import Session
 from .sizes import TRACED, Case, cases
 
 UNCHECKED = "verify=False exports it unchecked"
+SECOND_LOOK = 8  # inputs
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ def _verified(model: Callable[..., Any], exported: Exported, case: Case) -> Veri
     try:
         with torch.no_grad():
             found = verify(model, call, *case.args, kwargs=case.kwargs, steps=1)
+            if not found.ok and not found.violations:
+                found = verify(model, call, *case.args, kwargs=case.kwargs, steps=SECOND_LOOK)
     except RuntimeError as error:  # the user's code runs, but not in float64
         raise ExportError(
             f"the file cannot be checked: {first_line(error)}; {UNCHECKED}"
