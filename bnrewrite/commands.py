@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 import bnrewrite
@@ -84,9 +85,13 @@ def _export(given: argparse.Namespace, errors: Console) -> bool:
     dims = _dims(given.dynamic)
     with _waiting(errors, "exporting"):
         chosen = _subject(given)
+        if dims and isinstance(chosen.model, ExportedProgram):
+            raise Failure(
+                "an exported program has its own sizes: leave --dynamic out", is_usage=True
+            )
         free = dict.fromkeys(dims, torch.export.Dim.AUTO)
         result = write(
-            chosen.users,
+            chosen.model,
             chosen.inputs,
             given.output,
             dynamic_shapes=tuple(free if isinstance(x, Tensor) else None for x in chosen.inputs)

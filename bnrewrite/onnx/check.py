@@ -79,7 +79,10 @@ def check(
         exported = Exported(program, _session(path, device))
         found: dict[str, Verification] = {}
         for case in cases(program):
-            if case.name != TRACED and not _takes(model, case):
+            refusal = _why_not_taken(model, case)
+            if refusal is not None and case.name == TRACED:
+                raise ExportError(f"the model does not run on the arguments: {refusal}")
+            if refusal is not None:
                 notes.append(f"the model itself does not take the sizes {case.name}")
                 continue
             verification = _verified(model, exported, case)
@@ -137,11 +140,11 @@ def _verified(model: Callable[..., Any], exported: Exported, case: Case) -> Veri
     return replace(found, notes=notes)
 
 
-def _takes(model: Callable[..., Any], case: Case) -> bool:
-    """Whether the user's code itself runs in these sizes; its state is not changed by that."""
+def _why_not_taken(model: Callable[..., Any], case: Case) -> str | None:
+    """What the user's code raises in these sizes; its state is not changed by that."""
     try:
         with torch.no_grad(), own_randomness(0):
             model(*case.args, **case.kwargs)
-    except Exception:  # whatever a user's code raises
-        return False
-    return True
+    except Exception as error:  # whatever a user's code raises
+        return first_line(error)
+    return None

@@ -66,9 +66,9 @@ def _drop_added_biases(model: ir.Model, stored: set[str]) -> None:
             continue
         bias = node.inputs[2]
         value = None if bias is None else ir.convenience.get_const_tensor(bias)
-        if bias is not None and bias.name not in stored and value is not None:
-            if not value.numpy().any():
-                node.resize_inputs(2)
+        is_added = bias is not None and bias.name not in stored
+        if is_added and value is not None and not value.numpy().any():
+            node.resize_inputs(2)
 
 
 def _count(model: ir.Model) -> int:
