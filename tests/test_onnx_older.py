@@ -35,7 +35,8 @@ def everything(x: Tensor) -> Tensor:
     y = torch.cat([first.amax(1, keepdim=True), second.amin((2, 3), keepdim=True) + first], 1)
     y = functional.pad(y, EDGES, mode="reflect") + functional.pad(y, EDGES, value=2.0)
     y = functional.interpolate(y, scale_factor=2.0) * y.norm(dim=1, keepdim=True).mean()
-    return y.scatter(1, (y[:, :1] > 0).long(), y[:, 1:2])
+    result: Tensor = y.scatter(1, (y[:, :1] > 0).long(), y[:, 1:2])
+    return result
 
 
 def test_every_operation_that_was_another(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_convolutions_without_a_bias_have_none(tmp_path: Path) -> None:
     shapes = ((2, 4, 6), (2, 4, 6, 6), (2, 4, 5, 5, 5), (2, 4, 6))
     for kind, shape in zip(kinds, shapes, strict=True):
         stored = kind(4, 4, 3)
-        nn.init.zeros_(stored.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(stored.bias)
         model = nn.Sequential(kind(4, 4, 3, bias=False), stored)
         outcome = exported(model, tmp_path, torch.randn(shape))
         inputs = [len(node.input) for node in onnx.load(outcome.path).graph.node]

@@ -23,7 +23,7 @@ from .absorb import absorb
 from .check import Checked, check
 from .constants import fold_constants
 from .kernels import OPSETS, TARGETS
-from .plain import make_plain, spell_out
+from .plain import make_plain
 from .program import canonical, functional, opened, stored_values
 from .providers import Place
 from .record import OnnxExport
@@ -122,7 +122,6 @@ def rewritten(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Site, ..
     The graph of the program that is given is changed.
     """
     graph = canonical(program)
-    spell_out(program.graph)
     sites = rewrite(graph, Options(stage="export"), stored_values(program))
     for step in AFTERWARDS:
         step(program.graph)

@@ -57,7 +57,8 @@ def opened(
         ExportError: as `traced`; a program has no arguments of its own, and none are given.
     """
     if not is_given(model):
-        return unwrapped(model), traced(model, args, kwargs, dynamic_shapes)
+        users: Any = model
+        return unwrapped(users), traced(users, args, kwargs, dynamic_shapes)
     found = doors.open(model)
     if found.program is None:
         return found.module, traced(found.module, args, kwargs, dynamic_shapes)
