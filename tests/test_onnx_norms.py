@@ -187,6 +187,69 @@ def test_native_batch_norms_are_folded_too(tmp_path: Path) -> None:
     assert outcome.operations == {"BatchNormalization": 2, "ConvTranspose": 1, "Relu": 1}
 
 
+def by_scale_and_shift(norm: ChannelNorm, x: Tensor) -> Tensor:
+    scale = norm.gamma * torch.rsqrt(norm.spread + EPS)
+    return x * scale.view(-1, 1, 1) + (norm.beta - norm.mean * scale).view(-1, 1, 1)
+
+
+def by_product_first(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return norm.beta.view(-1, 1, 1) + norm.gamma.view(-1, 1, 1) * (x - norm.mean.view(-1, 1, 1))
+
+
+def without_shift(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return (x - norm.mean.view(-1, 1, 1)) * torch.rsqrt(norm.spread + EPS).view(-1, 1, 1)
+
+
+def other_way_round(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return (norm.mean.view(-1, 1, 1) - x) * norm.gamma.view(-1, 1, 1)
+
+
+def used_twice(norm: ChannelNorm, x: Tensor) -> Tensor:
+    y = x * norm.gamma.view(-1, 1, 1)
+    return y + norm.beta.view(-1, 1, 1) + y.relu()
+
+
+def of_rows(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return x * norm.gamma[:, None] + norm.beta[:, None]
+
+
+class Frozen(ChannelNorm):
+    """A formula of stored statistics behind an activation."""
+
+    def __init__(self, formula: Callable[[ChannelNorm, Tensor], Tensor]) -> None:
+        super().__init__(CHANNELS)
+        self.formula = formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self, x.relu())
+
+
+@pytest.mark.parametrize(
+    ("formula", "dtype", "is_one"),
+    [
+        (ChannelNorm.forward, torch.float16, True),
+        (by_scale_and_shift, torch.float16, True),
+        (by_product_first, torch.float16, True),
+        (without_shift, torch.float16, True),
+        (other_way_round, torch.float16, True),
+        (used_twice, torch.float16, False),
+        (of_rows, torch.float16, False),  # along the height
+        (by_scale_and_shift, torch.bfloat16, False),  # for which no provider has a kernel
+    ],
+)
+def test_stored_statistics_in_half_precision_are_one_operation(
+    formula: Callable[[ChannelNorm, Tensor], Tensor],
+    dtype: torch.dtype,
+    is_one: bool,
+    tmp_path: Path,
+) -> None:
+    x = torch.randn(2, CHANNELS, CHANNELS, 3).to(dtype)
+    outcome = exported(Frozen(formula).to(dtype), tmp_path, x, dynamic=({0: "n"},), target="cuda")
+    found = {"Relu": 1, "BatchNormalization": 1}
+    assert (outcome.operations == found) == is_one
+    assert is_one or "BatchNormalization" not in outcome.operations
+
+
 def test_large_stored_means_are_subtracted_first(tmp_path: Path) -> None:
     """As `x a + b` the digits that x and the mean share would be lost: 5e-4 for 3e-7."""
     matrix = with_statistics(nn.BatchNorm1d(FEATURES), 4000.0)

@@ -20,6 +20,7 @@ from bnrewrite.report.report import Report
 from bnrewrite.report.site import Site
 
 from .absorb import absorb
+from .affine import join_affines
 from .check import Checked, check
 from .constants import fold_constants
 from .kernels import OPSETS, TARGETS
@@ -37,6 +38,7 @@ from .translate import raw_model, translate
 AFTERWARDS: tuple[Callable[[fx.Graph], None], ...] = (
     make_plain,  # calls that providers are slow at become arithmetic with constants
     absorb,  # before constants are folded: it looks for scales that are stored
+    join_affines,  # the affine of a norm that has taken it is not there any more
 )
 
 
