@@ -1,9 +1,9 @@
-"""A scale and a shift of channels in half precision, which is how a norm with stored statistics ends.
+"""A scale and a shift of channels in half precision: a norm with stored statistics.
 
 Before:  y = (x - m) a + b        x of three dimensions or more; m, a, b stored, along the second
 After:   y = batch_norm(x, a, b, m, 1)      computed in float32, rounded once
-Leaves alone: other dtypes, which have their operation already, and bfloat16, which no provider has a
-kernel for; matrices; values between that are used elsewhere.
+Leaves alone: other dtypes, which have their operation already, and bfloat16, for which no provider
+has a kernel; matrices; values between that are used elsewhere.
 """
 
 from __future__ import annotations
