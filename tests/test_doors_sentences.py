@@ -86,7 +86,7 @@ def test_objects_of_the_users() -> None:
     with pytest.raises(Untranslatable, match=r"it makes an object of the class .*Box"):
         plain_module(script(Boxing()))
     packed = torch.ao.nn.quantized.dynamic.Linear(2, 2)  # type: ignore[no-untyped-call]
-    with pytest.raises(Untranslatable, match="it uses an object of the class .*PackedParams"):
+    with pytest.raises(Untranslatable, match=r"it uses an object of the class .*PackedParams"):
         plain_module(script(packed))
 
 
