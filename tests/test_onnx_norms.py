@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_checks import exported
+from onnx_checks import Formula, exported
 from onnx_models import ARITHMETIC, NORMS, ChannelNorm
 from torch import Tensor, nn
 from torch.nn import functional
@@ -114,17 +114,6 @@ def test_each_norm_is_its_operation(
     assert len(outcome.checked.verifications) == 3
 
 
-class Formula(nn.Module):
-    """A formula of one tensor."""
-
-    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.formula = formula
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x)
-
-
 def test_half_precision_keeps_its_casts_where_they_are_part_of_the_formula(tmp_path: Path) -> None:
     """Llama's and DeBERTa's norms are the operations as defined; Gemma's scale is in float32."""
     torch.manual_seed(0)
@@ -146,6 +135,16 @@ def test_float64_is_written_out_because_eps_is_a_float32_number(tmp_path: Path) 
     model = nn.Sequential(Layer(True), nn.GroupNorm(5, 5), nn.RMSNorm(FEATURES)).double().eval()
     outcome = exported(model, tmp_path, ROWS.double())
     assert not NORMS & set(outcome.operations)
+
+
+def test_numbers_of_float64_keep_their_digits(tmp_path: Path) -> None:
+    """The correction of the variance is in a weight, which the exporter would round to float32."""
+
+    def with_correction(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + EPS).sqrt()
+
+    outcome = exported(Formula(with_correction), tmp_path, ROWS.double(), dynamic=({0: "n"},))
+    assert [each.lowering for each in outcome.sites] == ["native"]
 
 
 def own_statistics(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_checks import exported
+from onnx_checks import Formula, exported
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,15 +18,6 @@ from bnrewrite.onnx.older import write_as_17
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 EDGES = (1, 1, 2, 2)
-
-
-class Formula(nn.Module):
-    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.formula = formula
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x)
 
 
 def everything(x: Tensor) -> Tensor:

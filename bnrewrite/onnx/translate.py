@@ -175,16 +175,15 @@ def _names(dynamic_shapes: Any) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    other = logging.getLogger("onnxscript")
-    before = other.level
-    logger.setLevel(logging.ERROR)
-    other.setLevel(logging.CRITICAL)
+    levels = {"torch.onnx": logging.ERROR, "onnx_ir": logging.ERROR, "onnxscript": logging.CRITICAL}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-        other.setLevel(before)
+        for logger, level in before.items():
+            logger.setLevel(level)
