@@ -104,7 +104,7 @@ def test_explain_of_an_optimised_model_uses_its_options() -> None:
 def findings(model: nn.Module, *args: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for each in bnrewrite.explain(model, *args).findings:
-        found.setdefault(each.code, []).append(each.message.split(":")[0])
+        found.setdefault(each.name, []).append(each.message.split(":")[0])
         assert each.source.startswith(("hand_written.py:", "test_explain.py:"))
     return found
 
