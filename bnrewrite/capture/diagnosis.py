@@ -26,11 +26,14 @@ def diagnose(looks: Sequence[Look], model: Any) -> list[Finding]:
     noticed = list(noticed_in(looks))
     found += [finding for each in noticed for finding in each.findings]
     if isinstance(model, nn.Module):
+        shared = _shares_buffers(model)
+        while isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # whose call is what Dynamo sees: names are those in it
         seen = set(_read_or_written(looks))
         if model.training:
             found += _never_updated(noticed, seen, model)
         found += _never_loaded(noticed, model)
-        if _shares_buffers(model):
+        if shared:
             found += _of_one_domain(noticed, seen, model)
     return list(dict.fromkeys(found))
 
