@@ -4,7 +4,8 @@ Neither source text nor names are looked at: a pathology is a property of a form
 buffer's new value is made of, or of a value that a buffer has.
 """
 
+from .averages import Average, averages
 from .everything import notice
 from .noticed import BatchStatistics, Noticed, StoredStatistics
 
-__all__ = ["BatchStatistics", "Noticed", "StoredStatistics", "notice"]
+__all__ = ["Average", "BatchStatistics", "Noticed", "StoredStatistics", "averages", "notice"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from bnrewrite.algebra import Reading
+from bnrewrite.algebra.axes import Axis, Dims
 from bnrewrite.algebra.calls import shape_of
 from bnrewrite.algebra.expression import (
     ZERO,
@@ -41,6 +42,9 @@ class Average:
         is_variance: whether the moment is a variance; else it is a mean.
         count: the number of elements that the moment is taken over, n.
         batch: the extent of the tensor's first dimension.
+        dims: the axes of the buffer's dimensions.
+        index: the axes of the tensor's dimensions.
+        bound: those that the moment is taken over.
     """
 
     buffer: fx.Node
@@ -51,6 +55,9 @@ class Average:
     is_variance: bool
     count: Polynomial
     batch: Polynomial
+    dims: Dims
+    index: Dims
+    bound: frozenset[Axis]
 
 
 def averages(reading: Reading, updates: Sequence[tuple[fx.Node, fx.Node]]) -> list[Average]:
@@ -102,6 +109,9 @@ def _average(reading: Reading, buffer: fx.Node, node: fx.Node) -> Average | None
             power == 2,
             ring.count(base.bound),
             ring.extent(shape_of(atom.source)[0]),
+            meaning.dims,
+            atom.index,
+            base.bound,
         )
     return None
 

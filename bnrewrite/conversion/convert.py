@@ -1,0 +1,150 @@
+"""`convert`: hand-written norm modules become native ones, where that is proven."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnrewrite.verification import verify
+
+from .alone import Alone, Camera
+from .calls import Calls, Given, calls_of, tensors_of
+from .candidates import candidates, check_nothing_is_dropped
+from .natives import Native, native_of
+from .proof import formula_of
+from .record import Conversion, Outcome, Unequal
+from .tensors import built
+
+
+def convert(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Conversion:
+    """Replace the hand-written norm modules of a model, in place, by native modules.
+
+    A module becomes an `nn.BatchNorm2d` (1d, 3d), `nn.LayerNorm`, `nn.RMSNorm`, `nn.GroupNorm` or
+    `nn.InstanceNorm2d` (1d, 3d) only where the algebra proves it equal in training and in
+    evaluation, for all sizes of its input: captured alone it is one norm, with the native module's
+    updates of its statistics, and nothing else. Parameters and buffers are the same objects, under
+    the same names; checkpoints go both ways. Everything else stays, with a reason.
+
+    Args:
+        model: a module; the model itself, if it is a norm, comes back as `.model`.
+        example_inputs: positional arguments of a call; a copy of the model is called with them.
+        kwargs: keyword arguments of the call.
+
+    Returns:
+        The model, and what became of each hand-written norm; `print` shows it.
+
+    Raises:
+        TypeError: the model is no module, or cannot be copied.
+        Exception: whatever the model raises when it is called in evaluation.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"convert takes a torch.nn.Module, not a {type(model).__name__}")
+    found = dict(candidates(model))
+    calls = calls_of(model, list(found), example_inputs, kwargs) if found else {}
+    proofs: dict[type, _Proofs] = {}
+    outcomes: list[Outcome] = []
+    natives: dict[nn.Module, nn.Module] = {}
+    for name, module in found.items():
+        proof = proofs.setdefault(type(module), _Proofs())
+        outcome = _converted(name, module, calls, proof, natives)
+        if outcome is not None:
+            outcomes.append(outcome)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in natives:
+                parent._modules[name] = natives[child]
+    return Conversion(natives.get(model, model), tuple(outcomes))
+
+
+def _converted(
+    name: str,
+    module: nn.Module,
+    calls: Calls,
+    proofs: _Proofs,
+    natives: dict[nn.Module, nn.Module],
+) -> Outcome | None:
+    """What becomes of a module; None where there is no norm in it."""
+    written = type(module).__name__
+    try:
+        given = tensors_of(calls[name])
+        check_nothing_is_dropped(module)
+        kinds = [proofs.native(module, each) for each in given]
+        if any(each != kinds[0] for each in kinds):
+            raise Unequal("it is another norm for tensors of another rank")
+        native = built(kinds[0], module)
+        proofs.check(module, native, given[0])
+    except Unequal as reason:
+        if not proofs.has_norm(module, calls[name]):
+            return None
+        return Outcome(name, written, None, str(reason))
+    natives[module] = native
+    return Outcome(name, written, f"{type(native).__name__}({native.extra_repr()})", None)
+
+
+@dataclass
+class _Proofs:
+    """Of the modules of one class."""
+
+    camera: Camera = field(default_factory=Camera)
+    _known: dict[tuple[int, ...], Native | Unequal] = field(default_factory=dict)
+    _checked: set[str] = field(default_factory=set)
+
+    def native(self, module: nn.Module, given: Given) -> Native:
+        """The native module that a module is equal to.
+
+        Raises:
+            Unequal: there is none, or it is not proven.
+        """
+        pair = [self.camera.take(module, given, training) for training in (True, False)]
+        key = tuple(map(id, pair))
+        if key not in self._known:
+            self._known[key] = _proven(*pair)
+        known = self._known[key]
+        if isinstance(known, Unequal):
+            raise known
+        return known
+
+    def has_norm(self, module: nn.Module, calls: list[Given | str]) -> bool:
+        """Whether a module has a norm in it, so that there is something to be said of it."""
+        if not self.camera.taken:
+            given = [each for each in calls if isinstance(each, Given)]
+            for training in (True, False) if given else ():
+                try:
+                    self.camera.take(module, given[0], training)
+                except Unequal:
+                    return False
+        return any(alone.norms for alone in self.camera.taken)
+
+    def check(self, module: nn.Module, native: nn.Module, given: Given) -> None:
+        """Run a module and its native one, once for each kind: a proof may be wrong too.
+
+        Raises:
+            Unequal: they differ.
+        """
+        kind = f"{native} {given}"
+        if kind in self._checked or not given.dtype.is_floating_point:
+            return
+        x = torch.randn(given.shape, device=given.device).to(given.dtype)
+        for training in (True, False):
+            pair = [each.train(training) for each in _copies(module, native)]
+            found = verify(*pair, x, steps=2)
+            if not found and not any("raised" in each for each in found.violations):
+                raise Unequal(f"it does not give the native values: {found.failures[0]}")
+        self._checked.add(kind)
+
+
+def _proven(training: Alone, evaluation: Alone) -> Native | Unequal:
+    try:
+        formulas = formula_of(training), formula_of(evaluation)
+        return native_of(training.reading.ring, *formulas)
+    except Unequal as reason:
+        return reason
+
+
+def _copies(module: nn.Module, native: nn.Module) -> tuple[nn.Module, nn.Module]:
+    from bnrewrite.oracle import deep_copy
+
+    return deep_copy(module), deep_copy(native)
