@@ -15,8 +15,8 @@ from bnrewrite.algebra import Match, Reading, find, read
 from bnrewrite.capture.canonical import Canonical, canonicalise
 from bnrewrite.capture.hook import own_call
 from bnrewrite.capture.rebinding import find_rebindings
-from bnrewrite.oracle import deep_copy
 from bnrewrite.options import Options
+from bnrewrite.oracle import deep_copy
 from bnrewrite.passes.rewriting import Rewriting
 
 from .calls import Given
@@ -54,8 +54,16 @@ class Camera:
     _last: list[Alone] = field(default_factory=list)
     _run: Callable[..., Any] | None = None
 
-    def take(self, module: nn.Module, given: Given, training: bool) -> Alone:
+    def take(
+        self, module: nn.Module, given: Given, training: bool, fixed: int | None = None
+    ) -> Alone:
         """The graph of a module in a mode, for a tensor of this rank, dtype and device.
+
+        Args:
+            module: a copy of it runs.
+            given: what it is called with.
+            training: the mode.
+            fixed: a dimension whose size is a number; all others may be any.
 
         Raises:
             Unequal: it has none as a whole, or its forward changes more than buffers.
@@ -63,10 +71,13 @@ class Camera:
         shape = tuple(2 if size == 1 and i != 1 else size for i, size in enumerate(given.shape))
         for sizes in dict.fromkeys((shape, given.shape)):
             subject = _trained(module, training)
-            x = torch.randn(sizes, dtype=torch.float32, device=given.device).to(given.dtype)
+            x = torch.randn(sizes, device=given.device).to(given.dtype)
+            x.requires_grad_(given.dtype.is_floating_point)
+            if fixed is not None:
+                torch._dynamo.mark_static(x, fixed)
             before = _attributes(subject)
             try:
-                found = self._taken(subject, x.requires_grad_(given.dtype.is_floating_point))
+                found = self._taken(subject, x)
             except Exception as error:  # whatever the user's code or Dynamo raises
                 reason = f"it cannot be captured as a whole: {_first_line(error)}"
                 continue

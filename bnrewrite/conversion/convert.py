@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnrewrite.oracle import deep_copy
 from bnrewrite.verification import verify
 
 from .alone import Alone, Camera
@@ -15,7 +16,7 @@ from .calls import Calls, Given, calls_of, tensors_of
 from .candidates import candidates, check_nothing_is_dropped
 from .natives import Native, native_of
 from .proof import formula_of
-from .record import Conversion, Outcome, Unequal
+from .record import Conversion, Outcome, Unequal, UnequalSizes
 from .tensors import built
 
 
@@ -98,14 +99,22 @@ class _Proofs:
         Raises:
             Unequal: there is none, or it is not proven.
         """
-        pair = [self.camera.take(module, given, training) for training in (True, False)]
+        first = self._at(module, given, None)
+        known = first
+        for fixed in (1, len(given.shape) - 1):
+            if isinstance(first, UnequalSizes) and not isinstance(known, Native):
+                known = self._at(module, given, fixed)
+        if not isinstance(known, Native):
+            assert isinstance(first, Unequal)
+            raise first
+        return known
+
+    def _at(self, module: nn.Module, given: Given, fixed: int | None) -> Native | Unequal:
+        pair = [self.camera.take(module, given, training, fixed) for training in (True, False)]
         key = tuple(map(id, pair))
         if key not in self._known:
             self._known[key] = _proven(*pair)
-        known = self._known[key]
-        if isinstance(known, Unequal):
-            raise known
-        return known
+        return self._known[key]
 
     def has_norm(self, module: nn.Module, calls: list[Given | str]) -> bool:
         """Whether a module has a norm in it, so that there is something to be said of it."""
@@ -145,6 +154,4 @@ def _proven(training: Alone, evaluation: Alone) -> Native | Unequal:
 
 
 def _copies(module: nn.Module, native: nn.Module) -> tuple[nn.Module, nn.Module]:
-    from bnrewrite.oracle import deep_copy
-
     return deep_copy(module), deep_copy(native)

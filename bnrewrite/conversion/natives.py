@@ -15,7 +15,7 @@ from bnrewrite.algebra.ring import Ring
 from bnrewrite.findings.updates import bessel
 
 from .proof import Affine, Formula
-from .record import Unequal
+from .record import Unequal, UnequalSizes
 
 EXACT = 1e-12  # relative: 1 - 0.9 is 0.1 up to the last bit
 BATCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -120,6 +120,7 @@ def _momentum(ring: Ring, training: Formula) -> float:
 
 def _layer_norm(formula: Formula) -> Native:
     first = _first_reduced(formula)
+    _check_free(formula, range(first, len(formula.index)))
     _check_along(formula, tuple(formula.index[first:]))
     if formula.bias is not None and formula.weight is None:
         raise Unequal("it has a bias and no weight")
@@ -134,6 +135,7 @@ def _layer_norm(formula: Formula) -> Native:
 
 def _rms_norm(formula: Formula) -> Native:
     first = _first_reduced(formula)
+    _check_free(formula, range(first, len(formula.index)))
     _check_along(formula, tuple(formula.index[first:]))
     if formula.bias is not None:
         raise Unequal("it has a bias, which nn.RMSNorm has not")
@@ -152,6 +154,7 @@ def _group_norm(formula: Formula) -> Native:
     rest = {axis for dim in index[2:] for axis in dim}
     if set(index[0]) & over or not rest <= over or list(index[1]) != [*kept, *inner]:
         raise Unequal("its groups are not neighbouring channels of the second dimension")
+    _check_free(formula, range(1, 2))
     _check_along(formula, (index[1],))
     _check_pair(formula)
     arguments = {
@@ -167,6 +170,7 @@ def _instance_norm(formula: Formula) -> Native:
     index, over = formula.index, formula.over
     if set(index[0]) & over or set(index[1]) & over or len(index) not in INSTANCE:
         return _group_norm(formula)
+    _check_free(formula, range(1, 2))
     _check_along(formula, (index[1],))
     _check_pair(formula)
     arguments = {
@@ -190,8 +194,16 @@ def _check_channels(formula: Formula) -> None:
     others = {axis for i, dim in enumerate(formula.index) if i != 1 for axis in dim}
     if len(formula.index) < 2 or set(formula.index[1]) & formula.over or others != formula.over:
         raise Unequal("its channels are not the second dimension")
+    _check_free(formula, range(1, 2))
     _check_along(formula, (formula.index[1],))
     _check_pair(formula)
+
+
+def _check_free(formula: Formula, fixed: range) -> None:
+    """Refuse what was captured for one size of a dimension only."""
+    for i, size in enumerate(formula.shape):
+        if i not in fixed and isinstance(size, int):
+            raise Unequal(f"it was read for size {size} of dimension {i} alone")
 
 
 def _check_pair(formula: Formula) -> None:
@@ -231,7 +243,7 @@ def _size(dim: Dim, size: object) -> int:
     """How many elements axes have, where no call can change it."""
     extent = product(axis.size for axis in dim)
     if not isinstance(extent, int) or (size is not None and size != extent):
-        raise Unequal("it takes any number of channels, the native module a certain one")
+        raise UnequalSizes("it takes any number of channels, the native module a certain one")
     return extent
 
 

@@ -22,7 +22,7 @@ from bnrewrite.capture.aliases import outputs_of
 from bnrewrite.findings import Average, averages
 
 from .alone import Alone
-from .record import Unequal
+from .record import Unequal, UnequalSizes
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def formula_of(alone: Alone) -> Formula:
     Raises:
         Unequal: it is more than one norm and its updates, or not of this form.
     """
+    if alone.asked and alone.norms:
+        raise UnequalSizes(f"its code asks for sizes: {alone.asked[0]}")
     x = _input(alone)
     norm = _only_norm(alone, x)
     ring, linear = alone.reading.ring, norm.linear
-    if alone.asked:
-        raise Unequal(f"its code asks for sizes: {alone.asked[0]}")
     if linear.detached:
         raise Unequal("no gradient flows through it")
     running, counters = _updates(alone, x)
@@ -122,7 +122,9 @@ def _input(alone: Alone) -> fx.Node:
         raise Unequal(f"it uses {', '.join(map(str, others))}, which is no parameter and no buffer")
     if len(tensors) != 1:
         raise Unequal(f"it is a function of {len(tensors)} tensors")
-    return tensors[0]
+    (x,) = tensors
+    assert isinstance(x, fx.Node)
+    return x
 
 
 def _only_norm(alone: Alone, x: fx.Node) -> Match:

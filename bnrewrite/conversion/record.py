@@ -17,6 +17,10 @@ class Unequal(Exception):
     """A module is not proven equal to a native one; the text says why, one sentence."""
 
 
+class UnequalSizes(Unequal):
+    """... for sizes that are not known; it may be equal where one of them is fixed."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One hand-written norm module.

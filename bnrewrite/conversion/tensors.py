@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .natives import Native
@@ -38,7 +38,8 @@ def built(native: Native, module: nn.Module) -> nn.Module:
     own = vars(made)
     own.update({name: value for name, value in vars(module).items() if name not in own})
     if native.arguments.get("track_running_stats") and _COUNT not in module._buffers:
-        made.register_load_state_dict_pre_hook(without_count)
+        hooked: Any = made  # torch has no types for it
+        hooked.register_load_state_dict_pre_hook(without_count)
     return made.train(module.training)
 
 
@@ -48,8 +49,6 @@ def without_count(module: nn.Module, state: dict[str, Any], prefix: str, *others
         state.pop(prefix + _COUNT, None)
 
 
-def _in_order(
-    mine: dict[str, Any], native: dict[str, torch.Tensor | None]
-) -> dict[str, torch.Tensor | None]:
+def _in_order(mine: Mapping[str, Any], native: Iterable[str]) -> dict[str, Any]:
     """The tensors of the user's module, in their order; what it lacks is None."""
     return {**mine, **{name: None for name in native if name not in mine}}
