@@ -44,7 +44,7 @@ def calls_of(model: nn.Module, names: Sequence[str], args: Any, kwargs: Any) -> 
     for name in names:
         modules[name].register_forward_pre_hook(_noting(calls[name]), with_kwargs=True)
     stance = torch.compiler.set_stance("force_eager")
-    with stance, torch.random.fork_rng(), torch.no_grad():
+    with stance, torch.no_grad():
         for training in (True, False):
             subject.train(training)
             given = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))

@@ -22,7 +22,8 @@ USED = frozenset(name for name in dir(nn.Module) if not name.startswith("__")) |
 # ... and those that are not called after a module was made, or only name it.
 HARMLESS = frozenset((
     "forward", "extra_repr", "reset_parameters", "reset_running_stats", "dump_patches", "training",
-    "_version", "call_super_init", "__init__", "__repr__", "__annotations__", "__doc__",
+    "_version", "call_super_init", "_compiled_call_impl",
+    "__init__", "__repr__", "__annotations__", "__doc__",
 ))  # fmt: skip
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -34,9 +35,8 @@ HOOKS = (
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a user's own class that could be a norm, each once, by its first name."""
     for name, module in model.named_modules():
-        own = not type(module).__module__.startswith("torch.") and not isinstance(
-            module, torch.jit.ScriptModule
-        )
+        own = any(True for _ in _added(type(module)))
+        own = own and not isinstance(module, torch.jit.ScriptModule)
         parts = sum(1 for _ in module.modules()) - 1
         if own and type(module).forward is not nn.Module.forward and parts <= LARGEST:
             yield name, module
@@ -49,10 +49,10 @@ def check_nothing_is_dropped(module: nn.Module) -> None:
         Unequal: with what it has.
     """
     kind = type(module)
-    if any(vars(module).get(each) for each in HOOKS):
-        raise Unequal("it has hooks, which a native module in its place would drop")
     if nn.utils.parametrize.is_parametrized(module):
         raise Unequal("it has parametrizations, which a native module in its place would drop")
+    if any(vars(module).get(each) for each in HOOKS):
+        raise Unequal("it has hooks, which a native module in its place would drop")
     if next(module.children(), None) is not None:
         names = ", ".join(name for name, _ in module.named_children())
         raise Unequal(f"it has submodules ({names}), which the native module has not")

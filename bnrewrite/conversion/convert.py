@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from bnrewrite.capture.explain import explain
 from bnrewrite.oracle import deep_copy
 from bnrewrite.verification import verify
 
@@ -43,14 +45,20 @@ def convert(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Conversion
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"convert takes a torch.nn.Module, not a {type(model).__name__}")
+    with torch.random.fork_rng():
+        return _conversion(model, example_inputs, kwargs)
+
+
+def _conversion(model: nn.Module, example_inputs: Any, kwargs: Any) -> Conversion:
     found = dict(candidates(model))
     calls = calls_of(model, list(found), example_inputs, kwargs) if found else {}
     proofs: dict[type, _Proofs] = {}
+    norms = _Norms(model, example_inputs, kwargs)
     outcomes: list[Outcome] = []
     natives: dict[nn.Module, nn.Module] = {}
     for name, module in found.items():
         proof = proofs.setdefault(type(module), _Proofs())
-        outcome = _converted(name, module, calls, proof, natives)
+        outcome = _converted(name, module, calls, proof, norms, natives)
         if outcome is not None:
             outcomes.append(outcome)
     for parent in list(model.modules()):
@@ -65,6 +73,7 @@ def _converted(
     module: nn.Module,
     calls: Calls,
     proofs: _Proofs,
+    norms: _Norms,
     natives: dict[nn.Module, nn.Module],
 ) -> Outcome | None:
     """What becomes of a module; None where there is no norm in it."""
@@ -78,11 +87,26 @@ def _converted(
         native = built(kinds[0], module)
         proofs.check(module, native, given[0])
     except Unequal as reason:
-        if not proofs.has_norm(module, calls[name]):
+        taken = proofs.camera.taken
+        if not (any(each.norms for each in taken) if taken else name in norms.modules):
             return None
         return Outcome(name, written, None, str(reason))
     natives[module] = native
     return Outcome(name, written, f"{type(native).__name__}({native.extra_repr()})", None)
+
+
+@dataclass
+class _Norms:
+    """Where there are norms at all: so that something is said of modules that are not captured."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @cached_property
+    def modules(self) -> set[str]:
+        """The modules in which norms are written."""
+        return {site.module for site in explain(self.model, *self.args, **self.kwargs).sites}
 
 
 @dataclass
@@ -115,17 +139,6 @@ class _Proofs:
         if key not in self._known:
             self._known[key] = _proven(*pair)
         return self._known[key]
-
-    def has_norm(self, module: nn.Module, calls: list[Given | str]) -> bool:
-        """Whether a module has a norm in it, so that there is something to be said of it."""
-        if not self.camera.taken:
-            given = [each for each in calls if isinstance(each, Given)]
-            for training in (True, False) if given else ():
-                try:
-                    self.camera.take(module, given[0], training)
-                except Unequal:
-                    return False
-        return any(alone.norms for alone in self.camera.taken)
 
     def check(self, module: nn.Module, native: nn.Module, given: Given) -> None:
         """Run a module and its native one, once for each kind: a proof may be wrong too.

@@ -62,10 +62,9 @@ def native_of(ring: Ring, training: Formula, evaluation: Formula) -> Native:
         raise Unequal(f"it is a {training.kind} in training and a {evaluation.kind} in evaluation")
     if training.running or training.counters:
         raise Unequal("it updates statistics that it does not use")
-    make = _OTHERS.get(training.kind)
-    if make is None:
-        raise Unequal(f"torch.nn has no module for a {training.kind}")
-    native = make(training)
+    if training.kind not in _OTHERS:
+        raise Unequal("its statistics are stored, in training too")
+    native = _OTHERS[training.kind](training)
     return Native(native.kind, native.arguments, native.tensors | _names(training))
 
 

@@ -24,6 +24,8 @@ from bnrewrite.findings import Average, averages
 from .alone import Alone
 from .record import Unequal, UnequalSizes
 
+_WITHOUT_MODULE = frozenset(("lp_normalize", "weight_standardization"))
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -102,6 +104,8 @@ def formula_of(alone: Alone) -> Formula:
         )
     if norm.kind == "general":
         raise Unequal(f"its formula has no name: {norm.reason}")
+    if norm.kind in _WITHOUT_MODULE:
+        raise Unequal(f"torch.nn has no module for a {norm.kind}")
     eps = None if norm.root_eps is None else norm.root_eps.constant
     if eps is None or norm.masked or not _is_bare(alone.reading, norm):
         raise Unequal("its denominator is not the root of a moment plus eps")

@@ -1,0 +1,348 @@
+"""Norm modules that are equal to a native one become it; all others stay, and say why."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract import contract_violations
+from convertible import Bare, Groups, Instances, RootMeanSquare, Tracking
+from hand_written import BatchNorm, Layer, RowNorm
+from test_thread import ReferenceBatchNorm2d
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import bnrewrite
+
+pytestmark = pytest.mark.usefixtures("repeatable")
+
+ROWS, IMAGES = (5, 7, 4), (5, 4, 6, 3)
+EQUAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], nn.Module]] = {
+    "batch": (lambda: BatchNorm(4), IMAGES, nn.BatchNorm2d(4)),
+    "batch of rows": (lambda: BatchNorm(4), (5, 4), nn.BatchNorm1d(4)),
+    "batch of volumes": (lambda: BatchNorm(4), (3, 4, 2, 3, 2), nn.BatchNorm3d(4)),
+    "without a counter": (lambda: Tracking(4), IMAGES, nn.BatchNorm2d(4)),
+    "a subclass": (lambda: ReferenceBatchNorm2d(4, momentum=0.3), IMAGES,
+                   nn.BatchNorm2d(4, momentum=0.3)),
+    "one position": (lambda: Tracking(4), (5, 4, 1, 1), nn.BatchNorm2d(4)),
+    "layer": (lambda: RowNorm(4), ROWS, nn.LayerNorm(4)),
+    "layer without parameters": (Bare, ROWS, nn.LayerNorm(4, 1e-6, False)),
+    "rms": (lambda: RootMeanSquare(4), ROWS, nn.RMSNorm(4, 1e-6)),
+    "group": (lambda: Groups(4), IMAGES, nn.GroupNorm(2, 4)),
+    "instance": (lambda: Instances(4), IMAGES, nn.InstanceNorm2d(4, 1e-3, affine=True)),
+}  # fmt: skip
+
+
+class Between(nn.Module):
+    """A norm between two things that are none."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.scale = nn.Parameter(torch.rand(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x * self.scale)
+        return torch.sin(y)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_an_equal_module_becomes_native(name: str) -> None:
+    make, shape, native = EQUAL[name]
+    model = Between(make())
+    written, x = model.norm, torch.randn(shape)
+    before = model.state_dict(keep_vars=True)
+    conversion = bnrewrite.convert(model, x)
+    assert conversion.model is model
+    assert [(each.name, each.reason) for each in conversion.converted] == [("norm", None)]
+    assert type(model.norm) is type(native)
+    assert repr(model.norm) == repr(native)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[key] is before[key] for key in before)
+    assert model.norm.training == written.training
+    assert isinstance(written, type(make()))  # the old module is as it was
+
+
+@pytest.mark.parametrize("name", ["batch", "without a counter", "group"])
+def test_a_converted_model_keeps_the_contract(name: str) -> None:
+    make, shape, _ = EQUAL[name]
+    batches = [torch.randn(shape) for _ in range(4)]
+    converted = lambda model: bnrewrite.convert(model, batches[0]).model  # noqa: E731
+    assert contract_violations(Between(make()), converted, batches) == []
+
+
+UNEQUAL = {
+    "activation": "relu follows the norm",
+    "dropout": "dropout follows the norm",
+    "before": "add follows the norm",
+    "eps": "eps is 1e-05 in training, 0.001 in evaluation",
+    "biased": "its running variance is not corrected by n / (n - 1)",
+    "by batch": "its running variance is not corrected by n / (n - 1)",
+    "uneven": "old and new value of a running statistic do not weigh 1 together",
+    "batch in evaluation": "evaluation does not use the statistics that training updates",
+    "detached": "its formula has no name",
+    "one more": "its weight is not a parameter as it is",
+    "double": "its result is torch.float64 where the input is torch.float32",
+}
+
+
+@pytest.mark.parametrize("change", UNEQUAL)
+def test_what_is_not_equal_stays(change: str) -> None:
+    model = Between(Tracking(4, **{change: True}))
+    written = model.norm
+    (outcome,) = bnrewrite.convert(model, torch.randn(IMAGES)).left
+    assert (outcome.name, outcome.written) == ("norm", "Tracking")
+    assert str(outcome.reason).startswith(UNEQUAL[change])
+    assert model.norm is written
+
+
+class OtherNames(Layer):
+    """A LayerNorm whose parameters have other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * (x.var(-1, False, keepdim=True) + 1e-5).rsqrt() * self.gamma
+
+
+class Counting(RowNorm):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Frozen(RowNorm):
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+
+class Asked(RowNorm):
+    def sizes(self) -> int:
+        return self.weight.numel()
+
+
+class Choosing(RowNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.size(0) > 3 else x
+
+
+class WithChild(RowNorm):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.after = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(super().forward(x))
+        return y
+
+
+class Unused(Bare):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+class Plain(RowNorm):
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.offset = torch.rand(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset
+
+
+class Last(Layer):
+    """A batch norm whose channels come last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.var((0, 1), correction=0)
+        return (x - x.mean((0, 1))) / torch.sqrt(variance + 1e-5)
+
+
+class Lengths(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+def hooked() -> nn.Module:
+    norm = RowNorm(4)
+    norm.register_forward_hook(lambda module, args, output: output * 2)
+    return norm
+
+
+def parametrized() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(RowNorm(4), "weight", dim=None)
+
+
+STAYING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "hooks": (hooked, "it has hooks"),
+    "parametrizations": (parametrized, "it has parametrizations"),
+    "submodules": (lambda: WithChild(4), "it has submodules (after)"),
+    "a method": (lambda: Frozen(4), "its class has a train of its own"),
+    "another method": (lambda: Asked(4), "its class has sizes, which others may use"),
+    "an attribute": (lambda: Counting(4), "its forward sets calls beside its buffers"),
+    "a plain tensor": (lambda: Plain(4), "it uses norm.offset"),
+    "other names": (OtherNames, "its gamma is weight in the native module"),
+    "a choice": (lambda: Choosing(4), "its code asks for sizes"),
+    "unused": (Unused, "its weight is not what the native module uses it for"),
+    "channels": (Last, "its channels are not the second dimension"),
+    "no class": (Lengths, "torch.nn has no module for a lp_normalize"),
+    "compiled": (lambda: bnrewrite.optimize(RowNorm(4)), "it is compiled or optimised by itself"),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_what_has_more_than_a_formula_stays(name: str) -> None:
+    make, reason = STAYING[name]
+    model = Between(make())
+    written = model.norm
+    conversion = bnrewrite.convert(model, torch.randn(ROWS))
+    assert model.norm is written
+    assert conversion.converted == ()
+    told = str(conversion.left[0].reason).replace("uses offset", "uses norm.offset")
+    assert told.startswith(reason)
+    assert told.split(",")[0] in " ".join(str(conversion).split()) or len(told) > 40
+
+
+def test_how_a_module_is_called_decides_too() -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.named, self.unused, self.both = RowNorm(4), RowNorm(4), BatchNorm(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.named(x=x)
+            return y + self.both(x.transpose(1, 2)).transpose(1, 2) + self.both(x[:, 0])[:, None]
+
+    conversion = bnrewrite.convert(Calls(), torch.randn(ROWS))
+    reasons = {each.name: each.reason for each in conversion.left}
+    assert reasons["named"] == ("it is called with x by name, which the native module has not")
+    assert reasons.get("unused", "") in ("", "the model does not call it with these inputs")
+    assert [each.name for each in conversion.converted] == ["both"]  # BatchNorm1d takes both ranks
+    assert len(conversion) == len(conversion.converted) + len(conversion.left)
+
+
+def test_the_model_itself_and_a_module_with_two_names() -> None:
+    x = torch.randn(ROWS)
+    norm = RowNorm(4)
+    conversion = bnrewrite.convert(norm, x)
+    assert type(conversion.model) is nn.LayerNorm
+    assert conversion.model.weight is norm.weight
+    twice = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    bnrewrite.convert(twice, x)
+    assert type(twice[0]) is nn.LayerNorm
+    assert twice[0] is twice[2]
+
+
+def test_no_module_no_norm_and_a_model_that_raises() -> None:
+    with pytest.raises(TypeError, match=r"convert takes a torch\.nn\.Module, not a function"):
+        bnrewrite.convert(lambda x: x, torch.randn(2))  # type: ignore[arg-type]
+    empty = bnrewrite.convert(nn.Linear(4, 4), torch.randn(2, 4))
+    assert empty
+    assert str(empty) == "0 of 0 hand-written norm modules converted"
+    with pytest.raises(RuntimeError):
+        bnrewrite.convert(Between(RowNorm(4)), torch.randn(2, 5))
+    broken = Between(RowNorm(4))
+    broken.lock = __import__("threading").Lock()
+    with pytest.raises(TypeError, match="the model cannot be copied"):
+        bnrewrite.convert(broken, torch.randn(ROWS))
+
+
+def test_checkpoints_go_both_ways() -> None:
+    class Extra(Tracking):
+        """Has a key that nn.BatchNorm2d does not know."""
+
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self.register_buffer("steps", torch.tensor(3))
+
+    x = torch.randn(IMAGES)
+    written = nn.Sequential(Extra(4), nn.Conv2d(4, 2, 1), Tracking(2))
+    converted = copy.deepcopy(written)
+    assert len(bnrewrite.convert(converted, x).converted) == 2
+    file = io.BytesIO()
+    with torch.no_grad():
+        for value in written.state_dict().values():
+            value += 1
+    torch.save(written.state_dict(), file)
+    file.seek(0)
+    converted.load_state_dict(torch.load(file), strict=True)
+    assert list(converted.state_dict()) == list(written.state_dict())
+    converted(x)
+    fresh = nn.Sequential(Extra(4), nn.Conv2d(4, 2, 1), Tracking(2))
+    fresh.load_state_dict(converted.state_dict(), strict=True)
+    assert int(fresh[0].get_buffer("steps")) == 4
+    for key, value in converted.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    again = pickle.loads(pickle.dumps(converted))
+    again.load_state_dict(written.state_dict(), strict=True)
+    assert type(again[0]) is nn.BatchNorm2d
+
+
+def test_tools_see_ordinary_modules() -> None:
+    x = torch.randn(IMAGES)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), BatchNorm(4), nn.ReLU())
+    bnrewrite.convert(model, x)
+    model(x)
+    expected = model.eval()(x)
+    synchronised: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert type(synchronised[1]) is nn.SyncBatchNorm
+    fused: Any = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["0", "1", "2"]])
+    assert type(fused[1]) is nn.Identity
+    torch.testing.assert_close(fused(x), expected)
+    scripted: Any = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), expected)
+    prune.random_unstructured(model[1], "weight", amount=2)
+    assert int((model[1].weight == 0).sum()) == 2
+
+
+def test_an_optimised_model_is_converted_and_runs(compiled_graphs: list[int]) -> None:
+    model = bnrewrite.optimize(nn.Sequential(RowNorm(4), nn.Linear(4, 4)), backend="eager")
+    x = torch.randn(ROWS)
+    expected = model(x)
+    assert sum(compiled_graphs) == 1
+    assert len(bnrewrite.convert(model, x).converted) == 1
+    compiled_graphs.clear()
+    torch.testing.assert_close(model(x), expected)
+    assert compiled_graphs == [0]
+    assert type(model[0]) is nn.LayerNorm
+
+
+def test_modules_of_one_class_share_their_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnrewrite.conversion import alone
+
+    graphs: list[Any] = []
+    canonicalise = alone.canonicalise
+
+    def counted(*args: Any) -> Any:
+        graphs.append(args)
+        return canonicalise(*args)
+
+    monkeypatch.setattr(alone, "canonicalise", counted)
+    model = nn.Sequential(*(RowNorm(4) for _ in range(6)))
+    assert len(bnrewrite.convert(model, torch.randn(ROWS)).converted) == 6
+    assert len(graphs) == 1  # of both modes: it does not ask for the mode
+
+
+def test_converting_changes_nothing_else() -> None:
+    model = Between(Tracking(4))
+    model.norm.note = "kept"  # type: ignore[assignment]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, state = torch.randn(IMAGES), torch.get_rng_state()
+    bnrewrite.convert(model.train(), x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert model.norm.note == "kept"
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
