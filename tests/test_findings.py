@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hand_written import BatchNorm
+from page_examples import blocks, run_example, sections
 from test_thread import DomainNet, ForumNet
 from torch import Tensor, nn
 
@@ -21,30 +19,17 @@ from bnrewrite.report import PATHOLOGIES
 
 pytestmark = pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
 
-PAGE = (Path(__file__).parents[1] / "docs" / "findings.md").read_text("utf-8")
-LEAD, *PARTS = re.split(r"^## ", PAGE, flags=re.M)
-SECTIONS = {part.partition("\n")[0]: part for part in PARTS}
-
-
-def blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.S)
+SHARED, SECTIONS = sections("findings.md")
 
 
 def run(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Finding], int]:
     """The findings of a program's model, and the number of its lines."""
-    torch.manual_seed(0)
-    path = folder / "example.py"
-    path.write_text(f"{blocks(LEAD)[0]}\n\n{program}", encoding="utf-8")
-    specification = importlib.util.spec_from_file_location("example", path)
-    assert specification is not None
-    assert specification.loader is not None
-    example: Any = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "example", example)  # Dynamo looks classes up by module
-    specification.loader.exec_module(example)
+    program = f"{SHARED}\n\n{program}"
+    example = run_example(program, folder, monkeypatch)
     report = explain(example.model, *example.inputs)
     for shown in (report.to_text(), report.to_html(), report.to_json()):
         assert all(finding.code in shown for finding in report.findings)
-    return report.findings, len(path.read_text("utf-8").splitlines())
+    return report.findings, len(program.splitlines())
 
 
 def test_every_pathology_has_a_section_with_two_examples() -> None:
