@@ -54,7 +54,7 @@ class Training:
         self.optimiser.zero_grad()
         weights = torch.linspace(0.5, 1.5, 4, dtype=x.dtype).view(1, 4, 1, 1)
         loss = ((self.model.train()(x) - 0.3) ** 2 * weights).mean() * factor
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.scaler.step(self.optimiser)
         self.scaler.update()
 

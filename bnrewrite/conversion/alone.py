@@ -68,6 +68,7 @@ class Camera:
         Raises:
             Unequal: it has none as a whole, or its forward changes more than buffers.
         """
+        reason = ""
         shape = tuple(2 if size == 1 and i != 1 else size for i, size in enumerate(given.shape))
         for sizes in dict.fromkeys((shape, given.shape)):
             subject = _trained(module, training)
