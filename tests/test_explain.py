@@ -150,7 +150,8 @@ def test_what_one_function_is_called_with_says_nothing_of_another() -> None:
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
     def deviation(x: Tensor, eps: float = 1e-12) -> Tensor:
-        return x / torch.linalg.vector_norm(x, 2, -1, keepdim=True).clamp_min(eps)
+        length: Tensor = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+        return x / length.clamp_min(eps)
 
     assert [site.eps for site in bnrewrite.explain(mean_square, torch.randn(4, 6)).sites] == [1e-3]
     (site,) = bnrewrite.explain(deviation, torch.randn(5, 8)).sites

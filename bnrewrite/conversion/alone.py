@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental import _config as symbols
 
 from bnrewrite.algebra import Match, Reading, find, read
+from bnrewrite.capture.autocast import ENTER
 from bnrewrite.capture.canonical import Canonical, canonicalise
 from bnrewrite.capture.hook import own_call
 from bnrewrite.capture.rebinding import find_rebindings
@@ -80,7 +81,10 @@ class Camera:
             try:
                 found = self._taken(subject, x)
             except Exception as error:  # whatever the user's code or Dynamo raises
-                reason = f"it cannot be captured as a whole: {_first_line(error)}"
+                cause = getattr(error, "inner_exception", error)
+                if isinstance(cause, Unequal):
+                    raise cause from None
+                reason = f"it cannot be captured as a whole: {_first_line(cause)}"
                 continue
             after = _attributes(subject)
             changed = [name for name in after if _differs(before.get(name), after[name])]
@@ -105,6 +109,8 @@ class Camera:
         return self._last[0]
 
     def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        if any(node.target is ENTER for node in graph.graph.nodes):
+            raise Unequal("its forward sets autocast")
         canonical = canonicalise(graph, example_inputs, find_rebindings(graph))
         Rewriting(canonical, Options())  # says on each placeholder what it is
         reading = read(canonical.module.graph, grad_enabled=canonical.grad_enabled)

@@ -77,6 +77,8 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | str:
         return f"it is called with {', '.join(kwargs)} by name, which the native module has not"
     if len(args) != 1 or not isinstance(args[0], Tensor):
         return f"it is called with {len(args)} arguments, a native norm takes one tensor"
+    if torch.is_autocast_enabled(args[0].device.type):
+        return "it is called under autocast, where the native module has dtypes of its own"
     return Given(tuple(args[0].shape), args[0].dtype, args[0].device)
 
 

@@ -80,9 +80,10 @@ def _calls(kind: type, name: str) -> bool:
     seen: set[str] = set()
     todo = ["forward"]
     while todo:
-        code = getattr(getattr(kind, todo.pop(), None), "__code__", None)
-        for each in getattr(code, "co_names", ()):
-            if each not in seen:
-                seen.add(each)
-                todo.append(each)
+        called = todo.pop()
+        for base in kind.__mro__:
+            code = getattr(vars(base).get(called), "__code__", None)
+            new = set(getattr(code, "co_names", ())) - seen
+            seen |= new
+            todo += new
     return name in seen

@@ -155,6 +155,8 @@ class _Proofs:
             found = verify(*pair, x, steps=2)
             if not found and not any("raised" in each for each in found.violations):
                 raise Unequal(f"it does not give the native values: {found.failures[0]}")
+            if not _ignores_gradients(pair[0], x):
+                raise Unequal("it computes something else where no gradients are recorded")
         self._checked.add(kind)
 
 
@@ -164,6 +166,17 @@ def _proven(training: Alone, evaluation: Alone) -> Native | Unequal:
         return native_of(training.reading.ring, *formulas)
     except Unequal as reason:
         return reason
+
+
+def _ignores_gradients(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a module, of which a copy runs, gives the same with and without gradients."""
+    with torch.no_grad():
+        without = deep_copy(module)(x)
+    try:
+        torch.testing.assert_close(without, deep_copy(module)(x), rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
 
 
 def _copies(module: nn.Module, native: nn.Module) -> tuple[nn.Module, nn.Module]:
