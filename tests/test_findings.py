@@ -117,9 +117,7 @@ def test_rows_have_as_many_elements_as_the_batch() -> None:
     assert codes(by_batch, torch.randn(6, 3, 1, dtype=torch.float64)) == set()
 
 
-@pytest.mark.parametrize(
-    ("weight", "found"), [(0.1, False), (0.5, False), (0.6, True), (0.9, True), (1.0, False)]
-)
+@pytest.mark.parametrize(("weight", "found"), [(0.5, False), (0.6, True), (1.0, False)])
 def test_what_the_new_batch_weighs(weight: float, found: bool) -> None:
     x = torch.randn(6, 3, 2, dtype=torch.float64)
     assert codes(Weighted(weight, lambda x: 1.0), x) == ({"BNR007"} if found else set())

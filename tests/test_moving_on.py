@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -34,7 +35,14 @@ def optimised(model: nn.Module) -> nn.Module:
 
 
 def converted(model: nn.Module) -> nn.Module:
-    conversion = bnrewrite.convert(model, batches(torch.float32)[0])
+    template = copy.deepcopy(native_net())
+    template.load_state_dict(model.state_dict())
+    return template
+
+
+@cache
+def native_net() -> nn.Module:
+    conversion = bnrewrite.convert(Net(update="rebind detached"), batches(torch.float32)[0])
     assert len(conversion.converted) == 1
     return conversion.model
 
