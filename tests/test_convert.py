@@ -408,3 +408,15 @@ def test_converting_changes_nothing_else() -> None:
     assert model.norm.note == "kept"
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_numbers_are_those_of_each_module() -> None:
+    class Marked(RootMeanSquare):
+        offset_key = "marked"
+
+    model: Any = nn.Sequential(Marked(4), nn.Linear(4, 8), Marked(8), nn.Linear(8, 4), Marked(4))
+    model[4].variance_epsilon = 1e-3
+    assert len(bnrewrite.convert(model, torch.randn(ROWS)).converted) == 3
+    assert [model[i].eps for i in (0, 2, 4)] == [1e-6, 1e-6, 1e-3]
+    assert [model[i].normalized_shape for i in (0, 2, 4)] == [(4,), (8,), (4,)]
+    assert (model[4].variance_epsilon, model[4].offset_key) == (1e-3, "marked")

@@ -35,7 +35,7 @@ HOOKS = (
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a user's own class that could be a norm, each once, by its first name."""
     for name, module in model.named_modules():
-        own = any(True for _ in _added(type(module)))
+        own = any(True for _ in added(type(module)))
         own = own and not isinstance(module, torch.jit.ScriptModule)
         parts = sum(1 for _ in module.modules()) - 1
         if own and type(module).forward is not nn.Module.forward and parts <= LARGEST:
@@ -60,7 +60,7 @@ def check_nothing_is_dropped(module: nn.Module) -> None:
         raise Unequal("it is compiled or optimised by itself")
     if "forward" in vars(module):
         raise Unequal("its forward is set on the instance")
-    for name, value in _added(kind):
+    for name, value in added(kind):
         if name in USED and name not in HARMLESS:
             raise Unequal(f"its class has a {name} of its own, which the native module would drop")
         public = callable(value) or isinstance(value, property | staticmethod | classmethod)
@@ -68,11 +68,22 @@ def check_nothing_is_dropped(module: nn.Module) -> None:
             raise Unequal(f"its class has {name}, which others may use and the native has not")
 
 
-def _added(kind: type) -> Iterator[tuple[str, Any]]:
+def added(kind: type) -> Iterator[tuple[str, Any]]:
     """What a class and its bases add to those of PyTorch."""
     for base in kind.__mro__:
         if not base.__module__.startswith("torch.") and base is not object:
             yield from vars(base).items()
+
+
+def class_attributes(kind: type) -> dict[str, Any]:
+    """The plain values that a class has in common for its instances, such as ``eps = 1e-5``."""
+    return {
+        name: value
+        for name, value in reversed(list(added(kind)))
+        if not name.startswith("_")
+        and not callable(value)
+        and not isinstance(value, property | staticmethod | classmethod)
+    }
 
 
 def _calls(kind: type, name: str) -> bool:

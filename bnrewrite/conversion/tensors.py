@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .candidates import class_attributes
 from .natives import Native
 from .record import Unequal
 
@@ -36,7 +37,8 @@ def built(native: Native, module: nn.Module) -> nn.Module:
     made._buffers = _in_order(module._buffers, made._buffers)
     made._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     own = vars(made)
-    own.update({name: value for name, value in vars(module).items() if name not in own})
+    others = {**class_attributes(type(module)), **vars(module)}
+    own.update({name: value for name, value in others.items() if not hasattr(made, name)})
     if native.arguments.get("track_running_stats") and _COUNT not in module._buffers:
         hooked: Any = made  # torch has no types for it
         hooked.register_load_state_dict_pre_hook(without_count)
