@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from bnrewrite.algebra import Reading
-from bnrewrite.algebra.axes import Axis, Dims
+from bnrewrite.algebra.axes import Axis, Dims, Opaque
 from bnrewrite.algebra.calls import shape_of
 from bnrewrite.algebra.expression import (
     ZERO,
@@ -69,7 +69,10 @@ def averages(reading: Reading, updates: Sequence[tuple[fx.Node, fx.Node]]) -> li
     """
     found = []
     for buffer, node in updates:
-        average = _average(reading, buffer, node)
+        try:
+            average = _average(reading, buffer, node)
+        except Opaque:  # its formula grows beyond the algebra
+            continue
         if average is not None:
             found.append(average)
     return found

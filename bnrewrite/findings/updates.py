@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -20,21 +20,20 @@ HALF = 0.5  # a statistic that forgets more than half at each step is none of ma
 DIGITS = 1e-9  # relative: weights are products of a few numbers in float64
 
 
-def of_updates(reading: Reading, found: Sequence[Average]) -> Iterator[Finding]:
-    """What is wrong with the updates of a graph."""
-    for average in found:
-        where, name = source_line(average.node), path_of(average.buffer)
-        if average.buffer.meta.get("kind") == "attribute":
-            yield pathology("statistic-not-a-buffer", where, name)
-        weight = 1 - average.kept
-        if not 0 < weight <= 1:
-            continue
-        if HALF < weight < 1 - DIGITS:
-            detail = f"{name} keeps {_shown(average.kept)} of its old value"
-            yield pathology("momentum-inverted", where, detail)
-        if average.is_variance:
-            for pathology_name in _of_correction(reading.ring, average, weight):
-                yield pathology(pathology_name, where, name)
+def of_update(reading: Reading, average: Average) -> Iterator[Finding]:
+    """What is wrong with the update of one running statistic."""
+    where, name = source_line(average.node), path_of(average.buffer)
+    if average.buffer.meta.get("kind") == "attribute":
+        yield pathology("statistic-not-a-buffer", where, name)
+    weight = 1 - average.kept
+    if not 0 < weight <= 1:
+        return
+    if HALF < weight < 1 - DIGITS:
+        detail = f"{name} keeps {_shown(average.kept)} of its old value"
+        yield pathology("momentum-inverted", where, detail)
+    if average.is_variance:
+        for pathology_name in _of_correction(reading.ring, average, weight):
+            yield pathology(pathology_name, where, name)
 
 
 def path_of(buffer: fx.Node) -> str:
