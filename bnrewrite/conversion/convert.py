@@ -123,15 +123,16 @@ class _Proofs:
         Raises:
             Unequal: there is none, or it is not proven.
         """
-        first = self._at(module, given, None)
-        known = first
-        for fixed in (1, len(given.shape) - 1):
-            if isinstance(first, UnequalSizes) and not isinstance(known, Native):
-                known = self._at(module, given, fixed)
-        if not isinstance(known, Native):
-            assert isinstance(first, Unequal)
-            raise first
-        return known
+        reasons: list[Unequal] = []
+        for fixed in (None, 1, len(given.shape) - 1):
+            known = self._at(module, given, fixed)
+            if isinstance(known, Native):
+                return known
+            reasons.append(known)
+            if not isinstance(known, UnequalSizes):
+                break  # no size is what it lacks
+        *_, reason = [reasons[0], *(each for each in reasons if type(each) is Unequal)]
+        raise reason
 
     def _at(self, module: nn.Module, given: Given, fixed: int | None) -> Native | Unequal:
         pair = [self.camera.take(module, given, training, fixed) for training in (True, False)]

@@ -202,7 +202,7 @@ def _check_free(formula: Formula, fixed: range) -> None:
     """Refuse what was captured for one size of a dimension only."""
     for i, size in enumerate(formula.shape):
         if i not in fixed and isinstance(size, int):
-            raise Unequal(f"it was read for size {size} of dimension {i} alone")
+            raise UnequalSizes(f"it was read for size {size} of dimension {i} alone")
 
 
 def _check_pair(formula: Formula) -> None:
