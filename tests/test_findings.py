@@ -13,6 +13,7 @@ from hand_written import BatchNorm
 from page_examples import blocks, run_example, sections
 from test_thread import DomainNet, ForumNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bnrewrite import Finding, explain, optimize
 from bnrewrite.report import PATHOLOGIES
@@ -203,3 +204,15 @@ def test_an_exported_program_has_the_findings_of_its_formulas() -> None:
 
     program = torch.export.export(Lengths(), (torch.randn(4, 6),))
     assert [finding.code for finding in explain(program).findings] == ["BNR008"]
+
+
+def test_a_norm_in_a_checkpointed_block_has_its_findings() -> None:
+    def squares(x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        return (x - mean) * torch.rsqrt((x * x).mean(-1, keepdim=True) - mean * mean + 1e-5)
+
+    def block(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(squares, x, use_reentrant=False)
+        return y / y.abs().amax(-1, keepdim=True)
+
+    assert codes(block, torch.randn(4, 6, requires_grad=True)) == {"BNR008", "BNR009"}
