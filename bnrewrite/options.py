@@ -37,6 +37,7 @@ class Options:
             operators alone; "generated" for kernels printed from the formula wherever it has one;
             "composite" for moments and a multiply-add alone.
         stage: what runs the rewritten graph.
+        diagnose: name the pathologies of the graph's norms and statistics, as `explain` does.
     """
 
     strict: bool = False
@@ -44,3 +45,4 @@ class Options:
     only: frozenset[str | int] | None = None
     kernels: str = "auto"
     stage: Stage = "eager"
+    diagnose: bool = False

@@ -1,6 +1,6 @@
 """What each tensor of a graph means, and which norms that makes."""
 
-from .accuracy import centre, chain, remarks, shares_its_errors
+from .accuracy import cancels, centre, chain, remarks, shares_its_errors, squares_in_half
 from .formula import formula
 from .match import Match
 from .meaning import Meaning, Reading, read
@@ -10,6 +10,7 @@ __all__ = [
     "Match",
     "Meaning",
     "Reading",
+    "cancels",
     "centre",
     "chain",
     "find",
@@ -17,4 +18,5 @@ __all__ = [
     "read",
     "remarks",
     "shares_its_errors",
+    "squares_in_half",
 ]

@@ -21,12 +21,12 @@ def remarks(reading: Reading, found: Match) -> list[str]:
     """What the replacement of a site computes more accurately than the user's code."""
     result = []
     nodes = chain(reading, found)
-    if any(_cancels(reading, node) for node in nodes):
+    if any(cancels(reading, node) for node in nodes):
         result.append(CANCELS)
     rounding = [n for n in nodes if n in reading.narrowed]
     if rounding:
         result.append(ROUNDS.format(dtype=_name(dtype_of(rounding[0]))))
-    narrow = [n for n in nodes if _squares_in_half(n)]
+    narrow = [n for n in nodes if squares_in_half(n)]
     if narrow:
         result.append(OVERFLOWS.format(dtype=_name(dtype_of(narrow[0]))))
     return result
@@ -106,7 +106,7 @@ def _chain(reading: Reading, linear: Linear) -> list[fx.Node]:
     return result
 
 
-def _cancels(reading: Reading, node: fx.Node) -> bool:
+def cancels(reading: Reading, node: fx.Node) -> bool:
     """Whether E[f^2] and E[f]^2 meet here for the first time, as a difference of numbers."""
     if name_of(node) not in ("sub", "add", "rsub"):
         return False
@@ -142,7 +142,7 @@ def _moment_terms(ring: Ring, value: Polynomial) -> tuple[bool, bool]:
     )
 
 
-def _squares_in_half(node: fx.Node) -> bool:
+def squares_in_half(node: fx.Node) -> bool:
     """Whether a square is taken in float16, where it overflows beyond 256."""
     if not is_tensor(node) or dtype_of(node) != torch.float16:
         return False

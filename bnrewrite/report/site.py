@@ -52,14 +52,16 @@ class Finding:
     """A pathology of the user's code: its code, what it does and how to mend it, and where it is.
 
     Attributes:
-        code: a key of ``findings.PATHOLOGIES``.
+        code: ``"BNR001"``, the section of docs/findings.md.
         message: cause and fix, for this place.
         source: ``"file.py:123"``, or the qualified name of a buffer where no line is known.
+        name: the pathology in words, a key of ``findings.PATHOLOGIES``.
     """
 
     code: str
     message: str
     source: str
+    name: str
 
 
 @dataclass(frozen=True)
