@@ -54,6 +54,7 @@ class Compiler:
         mode: Inductor's mode.
         observe: called with what was found in each graph.
         warned: whether a warning has been given for this model.
+        warned_of_replicas: likewise, of what DataParallel does with statistics.
         numbering: of the sites in a call; without a `begin`, as under `torch.compile`, each graph
             counts from 0.
         scalars_are_inputs: whether numbers read out of tensors were captured, where a graph break
@@ -65,8 +66,16 @@ class Compiler:
     mode: str | None = None
     observe: Callable[[Look], None] | None = None
     warned: bool = False
+    warned_of_replicas: bool = False
     scalars_are_inputs: bool = False
     numbering: Numbering = field(default_factory=Numbering)
+
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether every graph is known to run in eager mode."""
+        return self.backend == "eager" or (
+            self.backend == "auto" and not torch.accelerator.is_available()
+        )
 
     def __call__(self, users: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         """Compile one Dynamo graph, as Dynamo asks its backends to."""
@@ -136,6 +145,20 @@ class Compiler:
                 f"a part of the model runs as it was written, not rewritten: {reason}",
                 BnrewriteWarning,
                 stacklevel=2,
+            )
+
+    def warn_of_replicas(self, replica: Any) -> None:
+        """Say once per model what DataParallel does with the statistics of a training model."""
+        if self.warned_of_replicas or not replica.training:
+            return
+        if next(replica.buffers(), None) is not None:
+            self.warned_of_replicas = True
+            warnings.warn(
+                "DataParallel keeps the running statistics of its first replica and discards those "
+                "of the others, as it does for torch's own norms; DistributedDataParallel with "
+                "optimize(model, sync_stats=True) takes statistics of all samples",
+                BnrewriteWarning,
+                stacklevel=3,
             )
 
 

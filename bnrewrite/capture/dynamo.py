@@ -61,10 +61,16 @@ class Tolerant:
             return self._leave(error)
 
     def _converted(self, args: Any, kwargs: Any, scalars_are_inputs: bool) -> ConvertFrameReturn:
-        """Convert a frame; `nn` hooks that are added or removed later are noticed."""
+        """Convert a frame; `nn` hooks that are added or removed later are noticed.
+
+        Dynamo cuts graphs under DDP where a bucket of gradients ends, which may be inside a norm. A
+        graph that runs in eager mode gives its gradients one by one, and stays whole.
+        """
         self._compiler.scalars_are_inputs = scalars_are_inputs
         with torch._dynamo.config.patch(
-            capture_scalar_outputs=scalars_are_inputs, skip_nnmodule_hook_guards=False
+            capture_scalar_outputs=scalars_are_inputs,
+            skip_nnmodule_hook_guards=False,
+            optimize_ddp=torch._dynamo.config.optimize_ddp and not self._compiler.runs_eagerly,
         ):
             converted: ConvertFrameReturn = self._convert(*args, **kwargs)
         return converted

@@ -1,0 +1,17 @@
+"""Optimised models under DDP and FSDP2, in two processes."""
+
+from __future__ import annotations
+
+import pytest
+from processes import outcomes
+from wrapped_checks import CHECKS
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return outcomes("wrapped_checks", 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_wrapped_model_does_what_the_native_one_does(check: str, found: dict[str, str]) -> None:
+    assert found[check] == ""
