@@ -17,6 +17,7 @@ from .costs import has_fast_kernel, has_fast_norm, may_generate
 from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
+from .synchronise import UNSYNCHRONISED, batch_symbols, group_of, is_of_batch, why_not
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,21 @@ class Plan:
 
     def run(self, rewriting: Rewriting) -> None:
         """Fill in lowerings and refusals."""
+        if not rewriting.decisions:
+            return
+        assert rewriting.reading is not None
+        batch = batch_symbols(rewriting) if group_of(rewriting) else frozenset()
         for number, decision in enumerate(rewriting.decisions):
             if decision.refusal is not None:
                 continue
             reason = _switched_off(rewriting, decision, number)
+            if batch and is_of_batch(rewriting.reading, decision.match, batch):
+                reason = f"{UNSYNCHRONISED}: {reason}" if reason else None
+                reason = reason or why_not(rewriting.reading, decision.match, batch)
+                decision.lowering = decision.otherwise = "synchronised"
             if reason is not None:
                 decision.refusal = Refusal(reason, decision.match.node)
-            else:
+            elif decision.lowering is None:
                 decision.lowering = decision.otherwise = _lowering(rewriting, decision)
                 if _wants_kernel(rewriting, decision.match):
                     reason = why_no_kernels()

@@ -26,6 +26,7 @@ from bnrewrite.capture.provenance import source_line
 from bnrewrite.capture.rebinding import Rebinding
 from bnrewrite.capture.recomputed import may_be_recomputed, unless_recomputed, users_graph
 from bnrewrite.capture.refusal import sentence
+from bnrewrite.capture.samples import marks_results
 from bnrewrite.capture.scalars import has_captured_scalars
 from bnrewrite.capture.stage import Run, resolve, run_by, stage_of, without_autocast
 from bnrewrite.capture.switches import checked_options
@@ -84,6 +85,9 @@ class Compiler:
             self.observe(look)
         own = users_graph(look) if may_be_recomputed(look) else None
         run = self._compiled(look, backend, example_inputs)
+        if self.options.sync_stats is not None:
+            self._warn_of_statistics(look)
+            run = marks_results(users, run)
         if own is not None:
             nothing = Around((), ())
             run = unless_recomputed(run, lambda: self._run("eager", own, nothing, example_inputs))
@@ -146,6 +150,16 @@ class Compiler:
                 BnrewriteWarning,
                 stacklevel=2,
             )
+
+    def _warn_of_statistics(self, look: Look) -> None:
+        """Say which statistics are not synchronised, though that was asked for."""
+        from bnrewrite.passes.synchronise import ELSEWHERE, UNSYNCHRONISED  # these import capture
+
+        for site in look.sites:
+            kept = (site.reason or "").startswith(UNSYNCHRONISED)
+            if kept or ELSEWHERE in site.notes:
+                text = site.reason if kept else ELSEWHERE
+                warnings.warn(f"{site.source}: {text}", BnrewriteWarning, stacklevel=2)
 
     def warn_of_replicas(self, replica: Any) -> None:
         """Say once per model what DataParallel does with the statistics of a training model."""

@@ -12,6 +12,7 @@ from .generated import check_program, norm, norm_with_updates, why_no_kernels
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
+from .synchronised import synchronised_moments
 
 __all__ = [
     "KERNELS",
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm",
     "norm",
     "norm_with_updates",
+    "synchronised_moments",
     "why_no_kernels",
 ]
 
@@ -37,5 +39,6 @@ KERNELS: frozenset[Callable[..., Any]] = frozenset(
         layer_norm,
         norm,
         norm_with_updates,
+        synchronised_moments,
     }
 )
