@@ -9,6 +9,8 @@ statistics of all domains instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ STEPS = 30
 class BatchNorm(nn.Module):
     """A batch norm of rows, written by hand."""
 
+    __call__: Callable[..., Tensor]
     running_mean: Tensor
     running_var: Tensor
 

@@ -1,7 +1,8 @@
 """Checks that run on several gloo processes: one start of them runs all checks of a module.
 
-A module of checks has `CHECKS`, functions by name. Every process runs all of them in order, and a
-check fails where it raises on any of them.
+A module of checks has `CHECKS`: for a number of processes, functions by name. Every process runs
+all of them in order, and a check fails where it raises on any of them. What they import is
+imported once: the processes are forked off one that has it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,64 +22,84 @@ import torch.distributed as dist
 
 TESTS = Path(__file__).parent
 PATIENCE = 60  # seconds for which a process waits for the others
-LIMIT = 240  # seconds for all checks of a module
+LIMIT = 300  # seconds for all checks of a module
+Checks = dict[str, Callable[[], None]]
 
 
-def outcomes(module: str, count: int, folder: Path) -> dict[str, str]:
+def outcomes(module: str, folder: Path) -> dict[tuple[int, str], str]:
     """The error of each check on its first rank that has one; an empty text for none.
 
     Args:
         module: its name, in this folder.
-        count: of processes.
-        folder: for the store through which they meet, and what they write.
+        folder: for the stores through which they meet, and what they write.
+
+    Returns:
+        By number of processes and name of the check.
     """
-    program = [sys.executable, str(TESTS / "processes.py"), module, str(count), str(folder)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
-    ranks = [
-        subprocess.Popen([*program, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
-    found: dict[str, str] = {}
-    try:
-        for rank, process in enumerate(ranks):
-            _, errors = process.communicate(timeout=LIMIT)
-            assert process.returncode == 0, f"rank {rank}: {errors[-4000:]}"
-            for name, error in json.loads((folder / f"{rank}.json").read_text("utf-8")).items():
-                text = f"rank {rank}: {error}" if error else ""
-                found[name] = found.get(name) or text
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    outcome = subprocess.run(
+        [sys.executable, str(TESTS / "processes.py"), module, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    found: dict[tuple[int, str], str] = {}
+    for path in sorted(folder.glob("*.json")):
+        count, rank = path.stem.split("-")
+        for name, error in json.loads(path.read_text("utf-8")).items():
+            text = f"rank {rank}: {error}" if error else ""
+            found[int(count), name] = found.get((int(count), name)) or text
     return found
 
 
-def main(module: str, count: str, folder: str, rank: str) -> None:
-    """One process."""
+def main(module: str, folder: str) -> int:
+    """The process that the others are forked off; the largest of their exit codes."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=int(rank),
-        world_size=int(count),
-        timeout=timedelta(seconds=PATIENCE),
-    )
-    found = {}
-    for name, check in importlib.import_module(module).CHECKS.items():
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        try:
-            check()
-            found[name] = ""
-        except Exception:  # told by the test of this check; the others are run too
-            found[name] = traceback.format_exc()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found), "utf-8")
-    dist.destroy_process_group()
+    plan: dict[int, Checks] = importlib.import_module(module).CHECKS
+    code = 0
+    for count, checks in plan.items():
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if not child:
+                os._exit(_run(checks, count, rank, Path(folder)))
+            children.append(child)
+        code = max(code, *(os.waitpid(each, 0)[1] for each in children))
+    return min(code, 1)
+
+
+def _run(checks: Checks, count: int, rank: int, folder: Path) -> int:
+    """All checks on one rank."""
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{count}.store",
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(seconds=PATIENCE),
+        )
+        found = {}
+        for name, check in checks.items():
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            try:
+                check()
+                found[name] = ""
+            except Exception:  # told by the test of this check; the others are run too
+                found[name] = traceback.format_exc()
+        (folder / f"{count}-{rank}.json").write_text(json.dumps(found), "utf-8")
+        dist.destroy_process_group()
+    except BaseException:  # what would leave a forked process has to end it
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

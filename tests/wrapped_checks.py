@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hand_written import BatchNorm, Layer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -122,7 +122,7 @@ def watched(looks: list[Any]) -> Any:
 
 
 def sharded(model: Any, **settings: Any) -> Any:
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for conv in model.convs:
         fully_shard(conv, mesh=mesh, **settings)
     return fully_shard(model, mesh=mesh, **settings)
@@ -159,8 +159,8 @@ def keeps_buffers_whole_and_wide() -> None:
 
 
 def wraps_differently() -> dict[str, Callable[[], None]]:
-    found = {}
-    for outside, broadcast in itertools.product((False, True), repeat=2):
+    found: dict[str, Callable[[], None]] = {}
+    for outside, broadcast in ((False, True), (True, False)):
         wrap = partial(DistributedDataParallel, broadcast_buffers=broadcast)
         name = f"{'optimize(DDP)' if outside else 'DDP(optimize)'} broadcast={broadcast}"
         found[name] = partial(agrees, wrap, outside=outside)
@@ -168,7 +168,7 @@ def wraps_differently() -> dict[str, Callable[[], None]]:
 
 
 DDP = partial(DistributedDataParallel, broadcast_buffers=False)
-CHECKS: dict[str, Callable[[], None]] = {
+ON_TWO: dict[str, Callable[[], None]] = {
     **wraps_differently(),
     "two forwards before a backward": partial(agrees, DDP, "two forwards"),
     "gradients accumulated without sync": partial(
@@ -180,3 +180,4 @@ CHECKS: dict[str, Callable[[], None]] = {
     "an optimised FSDP2 model": partial(agrees, sharded, outside=True, sites=1),
     "FSDP2 in mixed precision": keeps_buffers_whole_and_wide,
 }
+CHECKS = {2: ON_TWO}

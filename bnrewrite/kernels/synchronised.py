@@ -87,16 +87,22 @@ class _Total(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, dims: list[int], group: str, size: int) -> Tensor:
-    """Count, means and variances of each process: of shape (processes, 1 + 2 channels)."""
+    """Count, means and variances of each process: of shape (processes, 1 + 3 channels).
+
+    A mean of 4096 has no digit behind the third in single precision, which (M_i - M)^2 would lack:
+    what it was rounded by, E[x - M_i], goes along.
+    """
     wide = _wide(x.dtype)
     count = math.prod(x.shape[i] for i in dims)
     if isinstance(count, int) and count == 0:  # `var_mean` would warn
         kept = math.prod(extent for i, extent in enumerate(x.shape) if i not in dims)
-        own = x.new_zeros(1 + 2 * kept, dtype=wide)
+        own = x.new_zeros(1 + 3 * kept, dtype=wide)
     else:
-        variance, mean = torch.var_mean(x.to(wide), dims, correction=0)
+        values = x.to(wide)
+        variance, mean = torch.var_mean(values, dims, correction=0, keepdim=True)
+        rest = (values - mean).mean(dims)
         number = torch.full((1,), count, dtype=wide, device=x.device)
-        own = torch.cat([number, mean.flatten(), variance.flatten()])
+        own = torch.cat([number, mean.flatten(), rest.flatten(), variance.flatten()])
     every = c10d.all_gather_into_tensor(own, size, group)
     gathered: Tensor = c10d.wait_tensor(every)
     return gathered.view(size, -1)
@@ -105,11 +111,11 @@ def _gathered(x: Tensor, dims: list[int], group: str, size: int) -> Tensor:
 def _merged(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """V, M and N of all; NaN where there is no element at all."""
     counts, statistics = gathered[:, :1], gathered[:, 1:]
-    means, variances = statistics.unflatten(1, (2, -1)).unbind(1)
+    means, rests, variances = statistics.reshape(len(gathered), 3, -1).unbind(1)
     total = counts.sum()
     shares = counts / total
     pivot = means.index_select(0, counts.argmax(0))  # M_i - pivot has the digits that M_i lacks
-    offset = torch.where(counts > 0, means - pivot, 0)
+    offset = torch.where(counts > 0, means - pivot + rests, 0)
     apart = (shares * offset).sum(0)
     spread = torch.where(counts > 0, variances + (offset - apart).square(), 0)
     return (shares * spread).sum(0), (pivot + apart).squeeze(0), total
@@ -121,7 +127,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _size_of(group: str) -> int:
     try:
-        found = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined]
+        found = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"no process group is named {group!r} here; create it before the model is called"

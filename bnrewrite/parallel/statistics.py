@@ -53,7 +53,6 @@ def track_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -
             _remember(module)
 
 
-@torch.compiler.disable
 def merge_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Give every process the running statistics of all, weighted by how often each was updated.
 
@@ -68,18 +67,11 @@ def merge_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -
         ValueError: there is no process group, this process is not in it, or statistics of a module
             were never tracked.
     """
-    group = _checked(group)
-    entries = [entry for module in _owners(model) for entry in _entries(model, module)]
-    with torch.no_grad():
-        for device in dict.fromkeys(entry.buffer.device for entry in entries):
-            _merge([entry for entry in entries if entry.buffer.device == device], group)
-        for module in _owners(model):
-            _remember(module)
+    outside_graphs: Any = torch.compiler.disable(_merge_all)  # type: ignore[no-untyped-call]
+    outside_graphs(model, _checked(group))
 
 
-def merge_under_ddp(
-    model: DistributedDataParallel, group: dist.ProcessGroup | None = None
-) -> None:
+def merge_under_ddp(model: DistributedDataParallel, group: dist.ProcessGroup | None = None) -> None:
     """Let DDP merge statistics before each forward, where it broadcasts those of rank 0 else.
 
     Behind the last step `merge_statistics(model)` is left to be called.
@@ -103,6 +95,15 @@ def merge_under_ddp(
 
     before = _BufferCommHookLocation.PRE_FORWARD  # behind a forward, its backward needs the buffers
     model._register_buffer_comm_hook(None, merge, before)
+
+
+def _merge_all(model: nn.Module, group: dist.ProcessGroup) -> None:
+    entries = [entry for module in _owners(model) for entry in _entries(model, module)]
+    with torch.no_grad():
+        for device in dict.fromkeys(entry.buffer.device for entry in entries):
+            _merge([entry for entry in entries if entry.buffer.device == device], group)
+        for module in _owners(model):
+            _remember(module)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _merge(entries: list[_Entry], group: dist.ProcessGroup) -> None:
     parts = [entry.contribution for entry in entries]
     total = torch.cat(parts)
     dist.all_reduce(total, group=group)
-    for entry, own in zip(entries, total.split([len(part) for part in parts]), strict=True):
+    for entry, own in zip(entries, torch.split(total, [len(part) for part in parts]), strict=True):
         entry.merge(own)
 
 
@@ -198,7 +199,7 @@ def _checked(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         raise ValueError(
             "there is no process group; call torch.distributed.init_process_group first"
         )
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this process does not belong to the process group")
     if group is not None:
         return group
