@@ -17,8 +17,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 TESTS = Path(__file__).parent
 PATIENCE = 60  # seconds for which a process waits for the others
@@ -26,16 +28,34 @@ LIMIT = 300  # seconds for all checks of a module
 Checks = dict[str, Callable[[], None]]
 
 
-def outcomes(module: str, folder: Path) -> dict[tuple[int, str], str]:
+def outcomes(module: str, folders: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
     """The error of each check on its first rank that has one; an empty text for none.
+
+    Run once for all workers of pytest-xdist.
 
     Args:
         module: its name, in this folder.
-        folder: for the stores through which they meet, and what they write.
+        folders: where the processes meet and write what they found.
 
     Returns:
         By number of processes and name of the check.
     """
+    base = folders.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            _start(module, folder)
+    found: dict[tuple[int, str], str] = {}
+    for path in sorted(folder.glob("*.json")):
+        count, rank = path.stem.split("-")
+        for name, error in json.loads(path.read_text("utf-8")).items():
+            text = f"rank {rank}: {error}" if error else ""
+            found[int(count), name] = found.get((int(count), name)) or text
+    return found
+
+
+def _start(module: str, folder: Path) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -49,13 +69,6 @@ def outcomes(module: str, folder: Path) -> dict[tuple[int, str], str]:
         timeout=LIMIT,
     )
     assert outcome.returncode == 0, outcome.stderr[-4000:]
-    found: dict[tuple[int, str], str] = {}
-    for path in sorted(folder.glob("*.json")):
-        count, rank = path.stem.split("-")
-        for name, error in json.loads(path.read_text("utf-8")).items():
-            text = f"rank {rank}: {error}" if error else ""
-            found[int(count), name] = found.get((int(count), name)) or text
-    return found
 
 
 def main(module: str, folder: str) -> int:

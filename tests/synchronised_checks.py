@@ -320,6 +320,8 @@ ON_TWO: dict[str, Callable[[], None]] = {
     "second derivatives": second_derivatives,
     "one collective per norm and direction": counts_collectives,
     "rows stay apart": rows_stay_apart,
+    "a mean that is large": far_from_zero,
+    "domains": merges_domains,
     "explained by one process": explained,
     "statistics of a part": partial(is_left, Half(), "they are not of the whole tensor"),
     "the largest value": partial(is_left, Largest(), "they are not the mean and the variance"),
@@ -327,10 +329,7 @@ ON_TWO: dict[str, Callable[[], None]] = {
 }
 ON_FOUR: dict[str, Callable[[], None]] = {
     "updates in place": partial(updates_buffers, "in place"),
-    "a mean that is large": far_from_zero,
     "a group": of_a_group,
-    "domains": merges_domains,
     "domains under DDP": merges_under_ddp,
     "a norm of all": merges_by_number_of_updates,
 }
-CHECKS = {2: ON_TWO, 4: ON_FOUR}

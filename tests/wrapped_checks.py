@@ -180,4 +180,3 @@ ON_TWO: dict[str, Callable[[], None]] = {
     "an optimised FSDP2 model": partial(agrees, sharded, outside=True, sites=1),
     "FSDP2 in mixed precision": keeps_buffers_whole_and_wide,
 }
-CHECKS = {2: ON_TWO}

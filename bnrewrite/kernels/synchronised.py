@@ -127,7 +127,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _size_of(group: str) -> int:
     try:
-        found = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        found = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type, attr-defined]
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
             f"no process group is named {group!r} here; create it before the model is called"

@@ -199,7 +199,7 @@ def _checked(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         raise ValueError(
             "there is no process group; call torch.distributed.init_process_group first"
         )
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if group is not None and not isinstance(group, dist.ProcessGroup):  # NON_GROUP_MEMBER
         raise ValueError("this process does not belong to the process group")
     if group is not None:
         return group

@@ -1,12 +1,12 @@
-"""Statistics across processes: synchronised ones, and merged ones."""
+"""Several processes: models under DDP and FSDP2, synchronised statistics, and merged ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from hand_written import Net
+from process_checks import CHECKS
 from processes import outcomes
-from synchronised_checks import CHECKS
 from torch import nn
 
 import bnrewrite
@@ -15,7 +15,7 @@ from bnrewrite.parallel import merge_statistics, track_statistics
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
-    return outcomes("synchronised_checks", tmp_path_factory.mktemp("ranks"))
+    return outcomes("process_checks", tmp_path_factory)
 
 
 @pytest.mark.parametrize(("count", "check"), [(n, name) for n in CHECKS for name in CHECKS[n]])
