@@ -188,7 +188,7 @@ def second_derivatives() -> None:
 
 def of_a_group() -> None:
     """Statistics of the first two processes; the others are no part of it."""
-    group = dist.new_group([0, 1])
+    group: Any = dist.new_group([0, 1])
     if dist.get_rank() < 2:
         model = Counted("in place")
         equals_whole(model, images(), ((2, 4), (6, 0)), group=group)
@@ -220,12 +220,41 @@ class Twice(Layer):
         return (x - x.mean(0)) / (variance + 1e-5).sqrt() * torch.exp(x * variance)
 
 
-def is_left(model: nn.Module, text: str) -> None:
+class Pairs(Layer):
+    """Statistics over pairs of samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.exp(x[:, None] - x[None])
+        return (pairs - pairs.mean((0, 1))) / (pairs.var((0, 1)) + 1e-5).sqrt()
+
+
+class Peak(Layer):
+    """A buffer that follows the mean and the largest value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("peak", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(0)
+        self.peak.lerp_(mean.detach() * x.detach().amax(0), 0.1)  # type: ignore[operator]
+        return (x - mean) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+class Other(Layer):
+    """A factor that is the size of another batch."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = other.shape[0] * (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+        return y + other.flatten().sort().values[0]
+
+
+def is_left(model: nn.Module, text: str, *more: Tensor) -> None:
     """What cannot be synchronised is said."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         bnrewrite.optimize(model, backend="eager", sync_stats=True)
-        model(torch.randn(6, 4))
+        model(torch.randn(6, 4), *more)
     said = [str(each.message) for each in caught if each.category is bnrewrite.BnrewriteWarning]
     assert any(text in each for each in said), said
 
@@ -325,6 +354,13 @@ ON_TWO: dict[str, Callable[[], None]] = {
     "explained by one process": explained,
     "statistics of a part": partial(is_left, Half(), "they are not of the whole tensor"),
     "the largest value": partial(is_left, Largest(), "they are not the mean and the variance"),
+    "pairs": partial(is_left, Pairs(), "the batch is no factor of what they are taken over"),
+    "a further buffer": partial(
+        is_left,
+        Peak(),
+        "its statistics stay those of this process: peak is not computed from them alone",
+    ),
+    "another batch": partial(is_left, Other(), "in them is none of the batch", torch.randn(5, 2)),
     "used elsewhere": partial(is_left, Twice(), "a statistic of it is used elsewhere too"),
 }
 ON_FOUR: dict[str, Callable[[], None]] = {
