@@ -30,15 +30,20 @@ class Plan:
         """Fill in lowerings and refusals."""
         if not rewriting.decisions:
             return
-        assert rewriting.reading is not None
-        batch = batch_symbols(rewriting) if group_of(rewriting) else frozenset()
+        reading, grouped = rewriting.reading, group_of(rewriting) is not None
+        assert reading is not None
+        batch = batch_symbols(rewriting)
         for number, decision in enumerate(rewriting.decisions):
+            shared = grouped and is_of_batch(reading, decision.match, batch)
             if decision.refusal is not None:
+                if shared:
+                    reason = f"{UNSYNCHRONISED}: {decision.refusal.reason}"
+                    decision.refusal = Refusal(reason, decision.match.node)
                 continue
             reason = _switched_off(rewriting, decision, number)
-            if batch and is_of_batch(rewriting.reading, decision.match, batch):
+            if shared:
                 reason = f"{UNSYNCHRONISED}: {reason}" if reason else None
-                reason = reason or why_not(rewriting.reading, decision.match, batch)
+                reason = reason or why_not(reading, decision.match, batch)
                 decision.lowering = decision.otherwise = "synchronised"
             if reason is not None:
                 decision.refusal = Refusal(reason, decision.match.node)

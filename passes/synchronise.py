@@ -59,13 +59,27 @@ def batch_symbols(rewriting: Rewriting) -> Symbols:
 
 def is_of_batch(reading: Reading, found: Match, batch: Symbols) -> bool:
     """Whether statistics of a site are taken over samples."""
+    if not batch:
+        return _is_of_leading(reading, found)
     values = (found.linear.scale, found.linear.shift)
     return any(_is_over(base, batch) for base in _reductions(reading.ring, values))
+
+
+def _is_of_leading(reading: Reading, found: Match) -> bool:
+    """Whether statistics of what is no parameter are taken over its leading dimension."""
+    index = found.linear.index
+    return (
+        bool(index)
+        and bool(set(index[0]) & found.over)
+        and not reading.is_parameter(found.linear.source)
+    )
 
 
 def why_not(reading: Reading, found: Match, batch: Symbols) -> str | None:
     """Why the statistics of a site over the batch cannot be synchronised; None where they can."""
     ring = reading.ring
+    if not batch:
+        return f"{UNSYNCHRONISED}: the batch has a fixed size in this graph"
     if not found.over:
         return f"{UNSYNCHRONISED}: they are not of the whole tensor"
     if _batch_of(product(axis.size for axis in found.over), batch) is None:

@@ -18,10 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract import forget_history
-from hand_written import BatchNorm, Layer, RowNorm
+from hand_written import BatchNorm, Layer, RowNorm, Running
 from spellings import batch, nameless, running
 from spellings.family import Spelling
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from wrapped_checks import watched
 
 import bnrewrite
@@ -241,6 +242,27 @@ class Peak(Layer):
         return (x - mean) / (x.var(0, unbiased=False) + 1e-5).sqrt()
 
 
+class Recomputed(Layer):
+    """A norm with running statistics in an activation checkpoint, which stays the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.norm = Running(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.norm, x * self.weight, use_reentrant=False)
+        return y
+
+
+class Fixed(Layer):
+    """A batch of six samples and no other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(6, 4)
+        return (x - x.mean(0)) / (x.var(0) + 1e-5).sqrt()
+
+
 class Other(Layer):
     """A factor that is the size of another batch."""
 
@@ -360,6 +382,8 @@ ON_TWO: dict[str, Callable[[], None]] = {
         Peak(),
         "its statistics stay those of this process: peak is not computed from them alone",
     ),
+    "a checkpointed norm": partial(is_left, Recomputed(), "runs it again for the backward"),
+    "a fixed batch": partial(is_left, Fixed(), "the batch has a fixed size in this graph"),
     "another batch": partial(is_left, Other(), "in them is none of the batch", torch.randn(5, 2)),
     "used elsewhere": partial(is_left, Twice(), "a statistic of it is used elsewhere too"),
 }

@@ -10,6 +10,7 @@ from processes import outcomes
 from torch import nn
 
 import bnrewrite
+from bnrewrite.capture.backend import bnrewrite as backend
 from bnrewrite.parallel import merge_statistics, track_statistics
 
 
@@ -29,6 +30,13 @@ def test_statistics_are_not_synchronised_without_a_process_group() -> None:
     for call in (track_statistics, merge_statistics):
         with pytest.raises(ValueError, match="init_process_group first"):
             call(nn.BatchNorm1d(2))
+
+
+def test_the_size_of_the_batch_has_to_be_seen() -> None:
+    with pytest.raises(ValueError, match="dynamic=False fixes"):
+        bnrewrite.optimize(Net(), sync_stats=True, dynamic=False)
+    with pytest.raises(ValueError, match="an option of optimize"):
+        backend(torch.fx.GraphModule({}, torch.fx.Graph()), [], options={"sync_stats": True})
 
 
 def test_exported_programs_are_not_synchronised() -> None:

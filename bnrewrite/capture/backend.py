@@ -32,7 +32,7 @@ from bnrewrite.capture.stage import Run, resolve, run_by, stage_of, without_auto
 from bnrewrite.capture.switches import checked_options
 from bnrewrite.capture.writeback import Around, Update, write_back
 from bnrewrite.options import BnrewriteWarning, Options
-from bnrewrite.report.site import Kept
+from bnrewrite.report.site import LEFT, Kept
 
 _UPDATED_TWICE = (
     "the buffers in it are updated again when it is run for the backward, which a compiler would "
@@ -156,9 +156,13 @@ class Compiler:
         from bnrewrite.passes.synchronise import ELSEWHERE, UNSYNCHRONISED  # these import capture
 
         for site in look.sites:
-            kept = (site.reason or "").startswith(UNSYNCHRONISED)
-            if kept or ELSEWHERE in site.notes:
-                text = site.reason if kept else ELSEWHERE
+            reason = str(site.reason)
+            text = ELSEWHERE if ELSEWHERE in site.notes else None
+            if site.status == LEFT and reason.startswith(UNSYNCHRONISED):
+                text = reason
+            elif site.status == LEFT and 0 in site.axes:  # capture took its rewriting back
+                text = f"{UNSYNCHRONISED}: {reason}"
+            if text is not None:
                 warnings.warn(f"{site.source}: {text}", BnrewriteWarning, stacklevel=2)
 
     def warn_of_replicas(self, replica: Any) -> None:
@@ -193,6 +197,8 @@ def bnrewrite(
     """
     switches = dict(options or {})
     backend = switches.pop("backend", "inductor")
+    if switches.get("sync_stats"):
+        raise ValueError("sync_stats is an option of optimize(model), which sees the batch's size")
     return Compiler(backend, checked_options(**switches), mode)(graph, example_inputs)
 
 

@@ -108,6 +108,8 @@ def optimize(
     elif example_inputs is not None:
         raise TypeError("example_inputs are for a scripted module; a module learns from its calls")
     check_model(model, "optimize")
+    if sync_stats and dynamic is False:
+        raise ValueError("dynamic=False fixes the batch's size, which sync_stats has to see")
     options = checked_options(
         strict=strict, disable=disable, only=only, kernels=kernels, sync_stats=sync_stats
     )
