@@ -37,8 +37,8 @@ class Plan:
             shared = grouped and is_of_batch(reading, decision.match, batch)
             if decision.refusal is not None:
                 if shared:
-                    reason = f"{UNSYNCHRONISED}: {decision.refusal.reason}"
-                    decision.refusal = Refusal(reason, decision.match.node)
+                    text = f"{UNSYNCHRONISED}: {decision.refusal.reason}"
+                    decision.refusal = Refusal(text, decision.match.node)
                 continue
             reason = _switched_off(rewriting, decision, number)
             if shared:

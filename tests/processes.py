@@ -58,7 +58,7 @@ def outcomes(module: str, folders: pytest.TempPathFactory) -> dict[tuple[int, st
 def _start(module: str, folder: Path) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
     outcome = subprocess.run(
