@@ -36,6 +36,8 @@ class Options:
         kernels: "auto" for the fastest lowering that is available; "native" for PyTorch's own
             operators alone; "generated" for kernels printed from the formula wherever it has one;
             "composite" for moments and a multiply-add alone.
+        sync_stats: the name of the process group over which statistics of the batch are
+            synchronised, "" for all processes, None for none.
         stage: what runs the rewritten graph.
         diagnose: name the pathologies of the graph's norms and statistics, as `explain` does.
     """
@@ -44,5 +46,6 @@ class Options:
     disable: frozenset[str] = frozenset()
     only: frozenset[str | int] | None = None
     kernels: str = "auto"
+    sync_stats: str | None = None
     stage: Stage = "eager"
     diagnose: bool = False

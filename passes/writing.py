@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +54,7 @@ class Writing:
         self._square: dict[bool, fx.Node] = {}
         self._written: dict[str, fx.Node] = {}
         self._input: fx.Node | None = None
-        if match.over:
-            self._give(match.moments, stopped=False)
-            stop = reading.ring.stop
-            stopped = Moments(stop(match.moments.mean), stop(match.moments.square))
-            if stopped != match.moments:
-                self._give(stopped, stopped=True)
+        self._give_all()
 
     @property
     def has_fast_norm(self) -> bool:
@@ -115,6 +109,15 @@ class Writing:
             )
         return self._written["squares"]
 
+    def _give_all(self) -> None:
+        """Let the emitter write the moments of the site, with and without a gradient."""
+        moments, stop = self.match.moments, self.reading.ring.stop
+        if self.match.over:
+            self._give(moments, stopped=False)
+            stopped = Moments(stop(moments.mean), stop(moments.square))
+            if stopped != moments:
+                self._give(stopped, stopped=True)
+
     def _give(self, moments: Moments, *, stopped: bool) -> None:
         """Let the emitter write these moments from one ``var_mean``."""
         ((mean, _),) = moments.mean.terms.items()
@@ -147,7 +150,7 @@ class Writing:
             both = self.emitter.call(
                 aten.var_mean.correction, x, self.reduced, correction=0, keepdim=True
             )
-            first, second = (self.emitter.call(operator.getitem, both, i) for i in range(2))
+            first, second = self.emitter.items(both, 2)
             self._moments[stopped] = first, second
         return self._moments[stopped]
 

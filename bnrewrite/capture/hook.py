@@ -38,7 +38,7 @@ class Hook:
 
     def __init__(self, backend: str, options: Options, dynamic: bool | None) -> None:
         self.backend, self.options, self.dynamic = backend, options, dynamic
-        compiler = Compiler(backend, options)
+        self.compiler = compiler = Compiler(backend, options)
         self.run = compiled(own_call(), compiler, dynamic)
         if is_numbered(options):
             self.run = _numbered(self.run, compiler.numbering)
@@ -78,6 +78,8 @@ class _BoundCall:
             hook = _restored(module, hook)
         if is_traced():
             return None
+        if getattr(module, "_is_replica", False):
+            hook.compiler.warn_of_replicas(module)
         return types.MethodType(hook.run, module)
 
 

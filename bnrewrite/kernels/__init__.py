@@ -19,6 +19,7 @@ from .generated import (
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
+from .synchronised import synchronised_moments
 
 __all__ = [
     "KERNELS",
@@ -33,6 +34,7 @@ __all__ = [
     "may_follow_residual",
     "norm",
     "norm_with_updates",
+    "synchronised_moments",
     "why_no_kernels",
 ]
 
@@ -46,5 +48,6 @@ KERNELS: frozenset[Callable[..., Any]] = frozenset(
         layer_norm,
         norm,
         norm_with_updates,
+        synchronised_moments,
     }
 )

@@ -24,7 +24,8 @@ class Site:
         eps: the constant that keeps the denominator from zero, None where there is none.
         module: qualified name of the module, ``""`` for the root.
         source: where the user wrote it, ``"file.py:123"``.
-        lowering: ``"native"``, ``"composite"``, ``"fold"``, or None where nothing was replaced.
+        lowering: ``"native"``, ``"composite"``, ``"synchronised"``, ``"fold"``, or None where
+            nothing was replaced.
         notes: further remarks, one sentence each.
         state: qualified names of the buffers that the site updates.
     """
