@@ -2,8 +2,8 @@
 
 Before:  a canonical graph.
 After:   the same graph; ``rewriting.decisions`` has one entry per site.
-Leaves alone: norms that are native calls already, complex and integer arithmetic. Native batch norms
-that may be folded are in ``rewriting.natives``.
+Leaves alone: norms that are native calls already, complex and integer arithmetic. Native batch
+norms that may be folded are in ``rewriting.natives``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def shares_its_errors(reading: Reading, found: Match) -> bool:
             continue
         if found.linear.source in reading.ring.raw(_value(reading, node)):
             continue
-        wrong = node in reading.narrowed or _cancels(reading, node)
+        wrong = node in reading.narrowed or cancels(reading, node)
         if wrong or not rough.isdisjoint(node.all_input_nodes):
             rough.add(node)
     return any(user.op != "output" and user not in nodes for node in rough for user in node.users)
