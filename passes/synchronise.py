@@ -22,7 +22,7 @@ from bnrewrite.algebra import Match, chain
 from bnrewrite.algebra.anchors import REDUCTIONS
 from bnrewrite.algebra.axes import Size, product
 from bnrewrite.algebra.calls import is_tensor, name_of
-from bnrewrite.algebra.expression import Base, Extent, Function, Polynomial, Reduction, Sum
+from bnrewrite.algebra.expression import Base, Extent, Function, Polynomial, Reduction
 from bnrewrite.algebra.meaning import Reading
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.kernels import synchronised_moments
@@ -237,22 +237,7 @@ def _is_over(base: Reduction, batch: Symbols) -> bool:
 
 
 def _reductions(ring: Ring, values: Iterable[Polynomial]) -> list[Reduction]:
-    found: list[Reduction] = []
-    todo, seen = [b for value in values for b in value.bases()], set[int]()
-    while todo:
-        base_id = todo.pop()
-        if base_id in seen:
-            continue
-        seen.add(base_id)
-        base = ring.bases[base_id]
-        if isinstance(base, Reduction):
-            found.append(base)
-            todo += [b for b, _ in base.monomial]
-        elif isinstance(base, Sum):
-            todo += base.polynomial.bases()
-        elif isinstance(base, Function):
-            todo += [b for a in base.arguments for b in a.bases()]
-    return found
+    return [b for b in ring.within(*values, reduced=True) if isinstance(b, Reduction)]
 
 
 def _symbols(size: Any) -> Symbols:

@@ -28,8 +28,13 @@ Leaf = Callable[[Base], Polynomial | None]
 class Ring(Arithmetic):
     """The formulas of one graph: polynomials, their means and maxima, and substitutions."""
 
-    def within(self, *polynomials: Polynomial) -> Iterator[Base]:
-        """The bases of polynomials, and those of sums and functions among them, once each."""
+    def within(self, *polynomials: Polynomial, reduced: bool = False) -> Iterator[Base]:
+        """The bases of polynomials, and those of sums and functions among them, once each.
+
+        Args:
+            polynomials: where to look.
+            reduced: whether those of reductions count too.
+        """
         todo = [base for polynomial in polynomials for base in polynomial.bases()]
         seen: set[int] = set()
         while todo:
@@ -42,6 +47,8 @@ class Ring(Arithmetic):
                 todo += base.polynomial.bases()
             elif isinstance(base, Function):
                 todo += [b for argument in base.arguments for b in argument.bases()]
+            elif reduced and isinstance(base, Reduction):
+                todo += [b for b, _ in base.monomial]
 
     # -- reductions ----------------------------------------------------------------------------
 
