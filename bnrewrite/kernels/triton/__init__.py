@@ -8,9 +8,12 @@ Triton comes with PyTorch for CUDA and is imported when the first kernel is.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 
-__all__ = ["why_no_triton"]
+from torch import Tensor
+
+__all__ = ["run_on_gpu", "why_no_triton"]
 
 
 @cache
@@ -19,3 +22,22 @@ def why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def run_on_gpu(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """``y`` of a program, and its updates; None where torch's operations stand in for a kernel.
+
+    Args:
+        text: the program.
+        x: of its dimensions, in any layout.
+        tensors: t0, t1, ... and the residual, where the program adds one.
+    """
+    if why_no_triton() is not None:
+        return None
+    from .operators import found, norm_forward  # here: Triton is imported when it is needed
+
+    dense, launch = found(text, x, tensors)
+    if launch is None:
+        return None
+    y, _, *updates = norm_forward(text, dense, list(tensors))
+    return (y, *(update.detach() for update in updates))

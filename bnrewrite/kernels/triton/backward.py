@@ -217,6 +217,7 @@ def _of_group(tiled: Tiled) -> list[str]:
     named += [(f"take{i}", value) for i, value in made.groups.items()]
     return [
         *tiled.of_group(named, "w", wide=False),
+        *tiled.narrowed([name for name, _ in named[2:]]),
         f"level = (dM / N).to({tiled.acc})",
         f"along = (2.0 * dV / N).to({tiled.acc})",
     ]
