@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
-from bnrewrite.kernels import why_no_kernels
+from bnrewrite.kernels import why_no_kernels, why_no_triton
 
 from .costs import has_fast_kernel, has_fast_norm, may_generate
 from .frozen import has_small_means
@@ -36,7 +36,8 @@ class Plan:
             else:
                 decision.lowering = decision.otherwise = _lowering(rewriting, decision)
                 if _wants_kernel(rewriting, decision.match):
-                    reason = why_no_kernels()
+                    cuda = decision.match.linear.source.meta["val"].device.type == "cuda"
+                    reason = why_no_triton() if cuda else why_no_kernels()
                     if reason is None:
                         decision.lowering = "generated"
                     else:

@@ -29,10 +29,10 @@ def run_on_gpu(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor,
 
     Args:
         text: the program.
-        x: of its dimensions, in any layout.
+        x: of its dimensions, in any layout, on a GPU (or anywhere under Triton's interpreter).
         tensors: t0, t1, ... and the residual, where the program adds one.
     """
-    if why_no_triton() is not None:
+    if why_no_triton() is not None or any(each.device != x.device for each in tensors):
         return None
     from .operators import found, norm_forward  # here: Triton is imported when it is needed
 

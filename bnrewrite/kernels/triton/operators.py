@@ -31,7 +31,8 @@ def _forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
         ValueError: the program has no kernel for these.
     """
     x, launch = _launch(text, x, tensors)
-    y, moments, updates = run_forward(launch, x, tensors)
+    with torch.cuda.device_of(x):  # kernels are launched on the current device
+        y, moments, updates = run_forward(launch, x, tensors)
     return [y, moments, *updates]
 
 
@@ -50,7 +51,8 @@ def _backward(
     """
     residual = [x] * parse(text).residual  # the launch asks for its shape alone
     x, launch = _launch(text, x, [*tensors, *residual])
-    dx, dresidual, made = run_backward(launch, dy, x, y, moments, tensors)
+    with torch.cuda.device_of(x):
+        dx, dresidual, made = run_backward(launch, dy, x, y, moments, tensors)
     free = [made[i] for i in launch.tiled.source.free()]
     return [dx, *free, *([] if dresidual is None else [dresidual])]
 
