@@ -1,7 +1,8 @@
 """The same formulas on a GPU: kernels printed for Triton from the texts of ``kernels.generated``.
 
-``program.py``, ``gradients.py``, ``layout.py`` and ``reference.py`` there say what a text means, how
-it is differentiated, what its loops are and what is right; here it is printed, tiled and launched.
+What a text means, how it is differentiated, what its loops are and what is right is said there, in
+``program.py``, ``gradients.py``, ``layout.py`` and ``reference.py``; here it is printed, cut into
+tiles and launched.
 Triton comes with PyTorch for CUDA and is imported when the first kernel is.
 """
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import sympy
 
 from ..generated.program import Program
-from .forward import PARTS, part_indices
 from .formulas import of_elements
+from .forward import PARTS, part_indices
 from .source import Tiled, indented
 
 
@@ -211,7 +211,7 @@ def _sums_of_group(tiled: Tiled) -> list[str]:
 
 
 def _of_group(tiled: Tiled) -> list[str]:
-    """dM and dV over the number of elements, and what tensors take of a group."""
+    """What an element of dx, and what tensors, take of a group."""
     made = tiled.gradients
     named: list[tuple[str, sympy.Expr]] = [("dM", made.mean), ("dV", made.variance)]
     named += [(f"take{i}", value) for i, value in made.groups.items()]
@@ -229,17 +229,13 @@ def _own(tiled: Tiled) -> list[str]:
 
 def _stored_own(tiled: Tiled) -> list[str]:
     mask = tiled.mask(cells=False)
-    return [
-        f"tl.store(own{i} + group, take{i}, mask={mask})" for i in tiled.gradients.groups
-    ]
+    return [f"tl.store(own{i} + group, take{i}, mask={mask})" for i in tiled.gradients.groups]
 
 
 def _input_gradient(tiled: Tiled) -> list[str]:
     scale, _ = tiled.affine()
     distance = "value" if tiled.program.about_zero else "(value - middle)"
-    return [
-        f"tl.store(dx + at, ({scale}) * d + level + along * {distance}, mask=inside)"
-    ]
+    return [f"tl.store(dx + at, ({scale}) * d + level + along * {distance}, mask=inside)"]
 
 
 def _of_cells(tiled: Tiled) -> list[str]:
@@ -251,9 +247,7 @@ def _of_cells(tiled: Tiled) -> list[str]:
         parts = _slopes("a", "d1", first, tiled.program.scale)
         parts += _slopes("b", "d0", second, tiled.program.shift)
         value = " + ".join(parts)
-        lines.append(
-            f"sum{i} += tl.sum(tl.where({mask}, {value}, 0.0), 0, keep_dims=True)"
-        )
+        lines.append(f"sum{i} += tl.sum(tl.where({mask}, {value}, 0.0), 0, keep_dims=True)")
     return lines
 
 

@@ -62,9 +62,8 @@ class Launch:
     def run(self, name: str, programs: Any, tile: Tile, *arguments: Any, parts: bool) -> None:
         """Launch a kernel."""
         made = kernel(self.tiled, name)
-        if not hasattr(made, "arg_names") or _is_interpreted(made):
-            if any(isinstance(each, FakeTensor) for each in arguments):
-                return  # an interpreter has no numbers to work on
+        if _is_interpreted(made) and any(isinstance(each, FakeTensor) for each in arguments):
+            return  # an interpreter has no numbers to work on
         extents = [self.sizes[str(symbol)[1:]] for symbol in self.tiled.extents]
         constants = tile.sizes | ({"P": tile.most_parts} if parts else {})
         wrap_triton(made)[(programs,)](
@@ -147,7 +146,7 @@ def run_forward(
     launch: Launch, x: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``y``, the moments, and the updates."""
-    tiled, cut, program = launch.tiled, launch.forward, launch.tiled.program
+    cut, program = launch.forward, launch.tiled.program
     count = len(program.tensors)
     residual = [like(tensors[count], x)] if program.residual else []
     y = torch.empty_like(x, dtype=launch.result)
@@ -273,5 +272,3 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     if tensor.stride() == x.stride():
         return tensor
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
-
-

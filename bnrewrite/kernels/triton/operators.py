@@ -8,6 +8,7 @@ What is differentiated twice runs by torch's operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def _forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
         ValueError: the program has no kernel for these.
     """
     x, launch = _launch(text, x, tensors)
-    with torch.cuda.device_of(x):  # kernels are launched on the current device
+    with _device_of(x):
         y, moments, updates = run_forward(launch, x, tensors)
     return [y, moments, *updates]
 
@@ -51,10 +52,17 @@ def _backward(
     """
     residual = [x] * parse(text).residual  # the launch asks for its shape alone
     x, launch = _launch(text, x, [*tensors, *residual])
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         dx, dresidual, made = run_backward(launch, dy, x, y, moments, tensors)
     free = [made[i] for i in launch.tiled.source.free()]
     return [dx, *free, *([] if dresidual is None else [dresidual])]
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Kernels are launched on the current device."""
+    place: Any = torch.cuda.device_of
+    current: AbstractContextManager[None] = place(x)
+    return current
 
 
 def _launch(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Launch]:
@@ -69,7 +77,7 @@ def _launch(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, La
 
 
 def found(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Launch | None]:
-    """x without holes or repeats in memory, and how a program runs on it; None where it cannot."""
+    """A tensor without holes or repeats in memory, and how a program runs on it, if it does."""
     try:
         launch = launch_of(text, x, tensors)
         if launch is None and x.numel():
@@ -125,6 +133,6 @@ def _placed(program: Program, made: Sequence[Tensor]) -> list[Tensor | None]:
     return [*placed, *rest]
 
 
-norm_forward = torch.library.triton_op("bnrewrite::norm_forward", _forward, mutates_args=())
-norm_backward = torch.library.triton_op("bnrewrite::norm_backward", _backward, mutates_args=())
+norm_forward: Any = torch.library.triton_op("bnrewrite::norm_forward", _forward, mutates_args=())
+norm_backward: Any = torch.library.triton_op("bnrewrite::norm_backward", _backward, mutates_args=())
 norm_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,7 +1,7 @@
 """How a program is cut into tiles: whole groups where they fit on chip, parts of them else.
 
-Measured on no device yet: the sizes are such that no kernel spills (``tests/test_triton_builds.py``)
-and that reads are as wide as sectors. ``benchmarks/gpu_norms.py`` is there to change that.
+Measured on no device yet: no kernel spills at these sizes (``tests/test_triton_builds.py``), and
+reads are as wide as sectors. ``benchmarks/gpu_norms.py`` is there to measure them.
 Comparisons alone decide, so that symbolic sizes keep their range.
 """
 
@@ -105,6 +105,10 @@ def _parts(
 ) -> Tile | None:
     cells = power(count["cells"], size)
     groups = min(across, max(size // cells, 1))
+    blocks = -(-count["elements"] * cells * groups // size)
+    while groups * 2 >= across and groups > 1 and blocks * groups > MOST_PARTS:
+        groups //= 2  # half a line is two sectors
+        blocks = -(-count["elements"] * cells * groups // size)
     elements = power(count["elements"], max(size // (cells * groups), 1))
     parts_c, blocks = -(-count["cells"] // cells), -(-count["elements"] // elements)
     programs = -(-count["groups"] // groups) * count["lanes"] * parts_c
@@ -130,7 +134,9 @@ def _parts(
     )  # fmt: skip
 
 
-def _turns(count: Any, groups: int, programs: Any, processors: int, summed: bool) -> tuple[Any, Any]:
+def _turns(
+    count: Any, groups: int, programs: Any, processors: int, summed: bool
+) -> tuple[Any, Any]:
     """How many programs go through the groups, and in how many turns."""
     blocks = -(-count // groups)
     if not summed:
