@@ -40,8 +40,8 @@ class _Formulas(PythonCodePrinter):  # type: ignore[misc]
         base, power = self._print(expr.base), expr.exp
         if not power.is_Rational or power.q > 2 or abs(power) > LONGEST:
             return self._other_power(base, power)
-        factors = [f"({base})"] * int(abs(power)) + [self._root(base)] * (power.q == 2)
-        product = " * ".join(factors)
+        factors = [f"({base})"] * int(abs(power))
+        product = " * ".join([*factors, self._root(base)] if power.q == 2 else factors)
         return f"({product})" if power > 0 else self._inverse(product)
 
     def _print_Function(self, expr: Any) -> str:

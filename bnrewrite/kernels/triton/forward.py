@@ -7,7 +7,7 @@ Three kernels of which a program uses one, or the other two:
     forward_apply     each program puts the moments of the parts together, and writes its part of y
 
 In a part, every place of the tile keeps moments of its own by Welford's recurrence, of distances
-from the first element of the part, so that means far from zero cost no digits:
+from the first element of the group, so that means far from zero cost no digits:
 
     mean' = mean (1 - 1/k) + d / k        spread' = spread + (d - mean) (d - mean')
 
@@ -72,11 +72,7 @@ def forward_moments(tiled: Tiled) -> str:
     ]
     if not zero:
         lines += [
-            *tiled.decoded(tiled.cells, "(part_c * C)", "f"),
-            *tiled.decoded(tiled.elements, "begin", "f"),
-            f"first_at = {tiled.offset('f')} + 0 * g",
-            f"first = tl.load(x + first_at, mask={one}, other=0.0).to({tiled.acc})",
-            "first = tl.where(tl.abs(first) < float('inf'), first, 0.0)",
+            *_pivot(tiled),
             "mean = tl.zeros([G, C, E], " + tiled.acc + ")",
         ]
     lines += [
@@ -102,7 +98,7 @@ def forward_moments(tiled: Tiled) -> str:
             f"m = {_summed('k * mean')} / n",
             "d = mean - m",
             f"total = {_summed('spread + k * d * d')}",
-            f"tl.store(means + part * {groups} + g, first + m, mask={one})",
+            f"tl.store(means + part * {groups} + g, m, mask={one})",
         ]
     lines.append(f"tl.store(spreads + part * {groups} + g, total, mask={one})")
     names = ["x", *(["means"] if not zero else []), "spreads", *PARTS]
@@ -127,16 +123,15 @@ def forward_apply(tiled: Tiled) -> str:
     if tiled.program.about_zero:
         lines.append("V = tl.sum(s, 1, keep_dims=True) / n")
     else:
-        one = tiled.mask(cells=False)
         lines += [
+            *_pivot(tiled),
             f"m = tl.load(means + p * {groups} + g, mask={mask}, other=0.0)",
-            f"first = tl.load(means + g, mask={one}, other=0.0)",
-            "first = tl.where(tl.abs(first) < float('inf'), first, 0.0)",
             f"k = tl.minimum({tiled.count(tiled.cells)} - (p // parts_e) * C, C)"
             f" * tl.minimum({_length(tiled)} - (p % parts_e) * (steps * E), steps * E)",
             f"k = tl.where({mask}, tl.cast(k, {tiled.acc}), 0.0)",
-            "M = first + tl.sum(k * (m - first), 1, keep_dims=True) / n",
-            "V = tl.sum(s + k * (m - M) * (m - M), 1, keep_dims=True) / n",
+            "middle = tl.sum(k * m, 1, keep_dims=True) / n",
+            "M = first + middle",
+            "V = tl.sum(s + k * (m - middle) * (m - middle), 1, keep_dims=True) / n",
         ]
     lines += [
         *tiled.cell_indices("part_c * C"),
@@ -161,6 +156,16 @@ def part_indices(tiled: Tiled) -> list[str]:
         *tiled.group_indices("(program // parts) * G", tiled.groups),
         "part_c = part // parts_e",
         "begin = (part % parts_e) * (steps * E)",
+    ]
+
+
+def _pivot(tiled: Tiled) -> list[str]:
+    """The first element of each group; zero where it is not finite."""
+    mask = tiled.mask(cells=False)
+    return [
+        f"first_at = {tiled.offset(first=True)} + 0 * g",
+        f"first = tl.load(x + first_at, mask={mask}, other=0.0).to({tiled.acc})",
+        "first = tl.where(tl.abs(first) < float('inf'), first, 0.0)",
     ]
 
 

@@ -26,6 +26,8 @@ from .tiles import Tile, tile
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1  # the elements that 32 bits count
+FORWARD = {True: ("forward",), False: ("forward_moments", "forward_apply")}
+BACKWARD = {True: ("backward",), False: ("backward_sums", "backward_apply")}
 PROCESSORS = 132  # of a device that is not there: a fake tensor's
 
 
@@ -124,12 +126,13 @@ def _launch_of(
     itemsize = dtype.itemsize
     processors = _processors(device)
     tiles = [tile(tiled, lengths, itemsize, processors, backward=b) for b in (False, True)]
-    if tiles[0] is None or tiles[1] is None:
+    before, after = tiles
+    if before is None or after is None:
         return None
+    for name in (*FORWARD[before.whole], *BACKWARD[after.whole]):
+        kernel(tiled, name)  # so that what cannot be printed is known before anything runs
     single = torch.float64 if double else torch.float32
-    return Launch(
-        tiled, tuple(lengths), sizes, tiles[0], tiles[1], single, program.dtype or dtype
-    )  # fmt: skip
+    return Launch(tiled, tuple(lengths), sizes, before, after, single, program.dtype or dtype)
 
 
 _remembered = cache(_launch_of)

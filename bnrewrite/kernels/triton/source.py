@@ -114,13 +114,13 @@ class Tiled:
         """How many there are."""
         return "(" + (" * ".join(f"n{i}" for i in loops) or "1") + ")"
 
-    def decoded(self, loops: Sequence[int], flat: str, letter: str = "i") -> list[str]:
+    def decoded(self, loops: Sequence[int], flat: str) -> list[str]:
         """The index of each loop."""
         lines = []
         for place, loop in enumerate(loops):
             inner = loops[place + 1 :]
             value = f"({flat} // {self.count(inner)})" if inner else flat
-            lines.append(f"{letter}{loop} = {value}" + (f" % n{loop}" if place else ""))
+            lines.append(f"i{loop} = {value}" + (f" % n{loop}" if place else ""))
         return lines
 
     def flat(self, loops: Sequence[int]) -> str:
@@ -130,12 +130,11 @@ class Tiled:
             result = f"({result}) * n{loop} + i{loop}" if result else f"i{loop}"
         return result or "0"
 
-    def offset(self, letter: str = "i") -> str:
-        """Where an element lies in x, given the indices of all loops; reduced ones by a letter."""
+    def offset(self, *, first: bool = False) -> str:
+        """Where an element lies in x, given the indices of all loops; the first of its group."""
         last = len(self.layout.loops)
-        names = [letter if loop.reduced else "i" for loop in self.layout.loops]
-        parts = [f"{names[i]}{i} * {self.count(range(i + 1, last))}" for i in range(last)]
-        return " + ".join(parts)
+        loops = self.groups if first else range(last)
+        return " + ".join(f"i{i} * {self.count(range(i + 1, last))}" for i in loops) or "0"
 
     def signature(self, name: str, given: Sequence[str], constants: Sequence[str]) -> list[str]:
         """The head of a kernel: pointers and numbers, lengths of loops, extents, constants."""

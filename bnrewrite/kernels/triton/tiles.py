@@ -106,9 +106,8 @@ def _parts(
     cells = power(count["cells"], size)
     groups = min(across, max(size // cells, 1))
     blocks = -(-count["elements"] * cells * groups // size)
-    while groups * 2 >= across and groups > 1 and blocks * groups > MOST_PARTS:
-        groups //= 2  # half a line is two sectors
-        blocks = -(-count["elements"] * cells * groups // size)
+    if groups == across > 1 and blocks * groups > MOST_PARTS:
+        groups //= 2  # half a line is two sectors, and the parts are twice as many
     elements = power(count["elements"], max(size // (cells * groups), 1))
     parts_c, blocks = -(-count["cells"] // cells), -(-count["elements"] // elements)
     programs = -(-count["groups"] // groups) * count["lanes"] * parts_c

@@ -1,0 +1,193 @@
+"""Triton kernels under Triton's interpreter, against the formula in float64.
+
+``test_triton_kernels.py`` runs this file in a process of its own: whether Triton interprets is
+decided for the whole process, when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from programs import LAYOUTS, PROGRAMS, by_reference, compare, draw
+from torch import Tensor
+
+from bnrewrite.kernels.generated.program import parse
+from bnrewrite.kernels.triton import launch, run_on_gpu, tiles
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton_kernels.py"
+
+SHAPES = {3: (3, 5, 37), 4: (3, 8, 5, 7)}
+SMALL = {"FORWARD": 16, "BACKWARD": 16, "PART": 64, "ROWS": 16}
+
+
+def shape(kind: str) -> tuple[int, ...]:
+    return SHAPES[len(parse(PROGRAMS[kind]).dims)]
+
+
+def by_kernels(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    made = run_on_gpu(text, x, tensors)
+    assert made is not None
+    return made
+
+
+@pytest.fixture(params=["whole groups", "parts of groups"])
+def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whole groups of small tensors fit into a tile, unless tiles are tiny."""
+    launch._remembered.cache_clear()
+    if request.param == "parts of groups":
+        for name, value in SMALL.items():
+            monkeypatch.setattr(tiles, name, value)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_values_and_gradients(kind: str, tiling: str) -> None:
+    problem = draw(PROGRAMS[kind], shape(kind))
+    cut = launch.launch_of(
+        problem.text, problem.x.float(), [tensor.float() for tensor in problem.tensors]
+    )
+    assert cut is not None
+    if kind != "layer of channels":  # it has eight elements in a group
+        assert cut.forward.whole == cut.backward.whole == (tiling == "whole groups")
+    assert compare(problem, by_kernels, torch.float32) == []
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+@pytest.mark.parametrize("kind", ["running", "group", "layer of two axes", "residual"])
+def test_layouts(kind: str, layout: str) -> None:
+    launch._remembered.cache_clear()
+    assert compare(draw(PROGRAMS[kind], shape(kind), layout), by_kernels, torch.float32) == []
+
+
+@pytest.mark.parametrize("kind", ["group", "layer", "residual"])
+def test_channels_inside_in_parts(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch._remembered.cache_clear()
+    for name, value in SMALL.items():
+        monkeypatch.setattr(tiles, name, value)
+    layout = "second axis inside"
+    assert compare(draw(PROGRAMS[kind], shape(kind), layout), by_kernels, torch.float32) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["batch relu", "group", "layer", "layer of channels", "running"])
+def test_dtypes(kind: str, dtype: torch.dtype) -> None:
+    launch._remembered.cache_clear()
+    assert compare(draw(PROGRAMS[kind], shape(kind)), by_kernels, dtype) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (PROGRAMS["layer"], (2, 1, 1)),
+        (PROGRAMS["layer"], (1, 1, 70)),
+        (PROGRAMS["batch"], (1, 1, 1, 2)),
+        (PROGRAMS["batch"], (70, 3, 1, 1)),
+        (PROGRAMS["instance"], (1, 1, 1, 1)),
+        (PROGRAMS["group"], (2, 8, 1, 1)),
+        (PROGRAMS["batch relu"].replace("relu", "relu6"), (3, 8, 5, 7)),
+        (PROGRAMS["layer"] + "; to float32; u0 = M; u1 = V**(1/3)", (3, 5, 37)),
+        (PROGRAMS["residual"].replace("relu; ", ""), (3, 8, 5, 7)),
+        ("x[a b] over a b; t0[a]; centre = M; scale = t0/Na; u0 = M/Nb", (3, 37)),
+        ("x[n c h w] over n c; t0[c h] fixed; centre = M; scale = t0*(V + 0.1)**(-1/2)",
+         (3, 8, 5, 7)),
+        ("x[a b] over b; t0[b]; t1[b]; centre = M; scale = t0/t1*(V + 0.1)**(-3); shift = t1**2",
+         (3, 37)),
+    ],
+)  # fmt: skip
+def test_other_programs_and_sizes(text: str, size: tuple[int, ...]) -> None:
+    launch._remembered.cache_clear()
+    assert compare(draw(text, size), by_kernels, torch.float32) == []
+
+
+def test_the_variance_of_numbers_far_from_zero(tiling: str) -> None:
+    text = f"{PROGRAMS['batch']}; u0 = M; u1 = V"
+    x = torch.randn(4, 3, 8, 9, generator=torch.Generator().manual_seed(1)) + 4096
+    one = torch.ones(3)
+    _, mean, variance = by_kernels(text, x, one, one)
+    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert (variance / exact[0] - 1).abs().max() < 1e-5
+    assert (mean - exact[1]).abs().max() <= torch.finfo(torch.float32).eps * 4096
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e25])
+@pytest.mark.parametrize("kind", ["layer", "running", "length", "deviation"])
+def test_exceptional_values(kind: str, value: float) -> None:
+    """NaN and inf are where the formula by torch's operations has them."""
+    launch._remembered.cache_clear()
+    problem = draw(PROGRAMS[kind], shape(kind))
+    x = problem.x.clone()
+    x[:, 1].fill_(value)
+    problem = replace(problem, x=x)
+    mine = problem.run(by_kernels, torch.float32)
+    for name, own in problem.run(by_reference, torch.float32).items():
+        if name == "gradient of x" and value == 1e25:
+            continue  # beside 1e25 what one rounding makes of a sum is as large as the sum
+        assert (mine[name].isnan() == own.isnan()).all(), name
+        assert (mine[name].isinf() == own.isinf()).all(), name
+
+
+def test_infinite_means_stay_infinite(tiling: str) -> None:
+    text = "x[n c h w] over n h w; centre = M; scale = 1; u0 = M"
+    x = torch.randn(3, 4, 5, 7)
+    x[1, 0, 2, 2], x[0, 1, 0, 0], x[2, 2, 0, 0] = torch.inf, -torch.inf, torch.nan
+    y, mean = by_kernels(text, x)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)), equal_nan=True)
+    assert (y.isnan() == (x - x.mean((0, 2, 3), keepdim=True)).isnan()).all()
+
+
+@pytest.mark.parametrize("kind", ["layer", "residual", "running"])
+def test_operators(kind: str) -> None:
+    """Schemas, autograd and fake tensors; tracing is in ``test_triton_builds.py``."""
+    problem = draw(PROGRAMS[kind], shape(kind))
+    fixed, program = parse(problem.text).fixed, parse(problem.text)
+    x = problem.x.float().requires_grad_()
+    tensors = [t.float().requires_grad_(i not in fixed) for i, t in enumerate(problem.tensors)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    forward, backward = torch.ops.bnrewrite.norm_forward, torch.ops.bnrewrite.norm_backward
+    torch.library.opcheck(forward.default, (problem.text, x, tensors), test_utils=checks)
+    plain = [t.detach() for t in tensors]
+    y, moments, *_ = forward(problem.text, x.detach(), plain)
+    given = (
+        problem.text, problem.cotangent.float(), x.detach(), y if program.residual else None,
+        moments, plain[: len(program.tensors)],
+    )  # fmt: skip
+    torch.library.opcheck(backward.default, given, test_utils=checks)
+
+
+def test_derivatives_of_derivatives() -> None:
+    text = PROGRAMS["layer"]
+    problem = draw(text, (1, 2, 3))
+    given = [t.requires_grad_() for t in (problem.x, *problem.tensors)]
+    torch.autograd.gradcheck(lambda *values: by_kernels(text, *values)[0], given)
+    torch.autograd.gradgradcheck(lambda *values: by_kernels(text, *values)[0], given)
+
+
+def test_a_buffer_that_changes_before_the_backward() -> None:
+    problem = draw(PROGRAMS["running"], shape("running"))
+    x, tensors = problem.x.float().requires_grad_(), [t.float() for t in problem.tensors]
+    y, *updates = by_kernels(problem.text, x, *tensors)
+    expected = torch.autograd.grad(y, x, problem.cotangent.float(), retain_graph=True)
+    for buffer, new in zip(tensors[2:], updates, strict=True):
+        assert not new.requires_grad
+        buffer.copy_(new)
+    torch.testing.assert_close(torch.autograd.grad(y, x, problem.cotangent.float()), expected)
+
+
+def test_what_has_no_kernel() -> None:
+    text = PROGRAMS["layer"]
+    one = torch.ones(37)
+    x = torch.randn(3, 5, 37)
+    assert run_on_gpu(text, x[:0], [one, one]) is None
+    assert run_on_gpu(text, x, [one]) is None
+    assert run_on_gpu(text, x, [one, torch.ones(3)]) is None
+    assert run_on_gpu(text, x, [one, torch.ones(37, device="meta")]) is None
+    assert run_on_gpu(text, x.int(), [one, one]) is None
+    sevenths = text.replace("**(-1/2)", "**M")
+    assert run_on_gpu(sevenths, x, [one, one]) is None
+    with pytest.raises(ValueError, match=r"no kernel of .* takes torch.float32 tensors"):
+        torch.ops.bnrewrite.norm_forward(text, x, [one])
