@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import wrap_triton
 
+from ..generated.check import check_program
 from ..generated.layout import arrange
 from ..generated.program import parse
 from .compiled import kernel
@@ -101,6 +102,8 @@ def _launch_of(
 ) -> Launch | None:
     program = parse(text)
     if any(each not in FLOATING for each in (dtype, *dtypes)) or math.prod(shape) == 0:
+        return None
+    if check_program(text) is not None:
         return None
     sizes = program.axis_sizes(shape)
     if len(shapes) != len(program.tensors) + program.residual:
