@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """In the order that residual networks have it."""
-        return (self.norm(x) + residual).relu()
+        y: Tensor = self.norm(x)
+        return (y + residual).relu()
 
 
 class Forum(nn.Module):
@@ -193,7 +195,7 @@ class Case:
         if self.norm.liger is None:
             return None
         try:
-            from liger_kernel import transformers  # pyright: ignore[reportMissingImports]
+            transformers = importlib.import_module("liger_kernel.transformers")
         except ImportError:
             return None
         make: Any = getattr(transformers, self.norm.liger)

@@ -242,7 +242,8 @@ def _step(model: nn.Module, inputs: Sequence[Tensor], cotangent: Tensor) -> Step
 
 def _graph(step: Step, inputs: Sequence[Tensor], model: nn.Module) -> tuple[Step, bool]:
     """A step as a CUDA graph, and whether it makes of other inputs what a call makes of them."""
-    side = torch.cuda.Stream()
+    make: Any = torch.cuda.Stream
+    side = make()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -266,13 +267,14 @@ def timed(steps: dict[str, Step], rounds: int) -> dict[str, Timing]:
     """Seconds of each step in each round, between two CUDA events."""
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     order, shuffle = list(steps), random.Random(0).shuffle
+    event: Any = torch.cuda.Event
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         shuffle(order)
         events = {}
         for name in order:
             flush.zero_()
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair = [event(enable_timing=True) for _ in range(2)]
             pair[0].record()
             steps[name]()
             pair[1].record()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import pytest
 import torch
 from programs import PROGRAMS
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -173,9 +174,9 @@ def test_what_torch_compile_sees(kind: str, target: None) -> None:
     shape = (64, 8, 768) if kind == "layer" else (32, 64, 56, 56)
     graphs: list[GraphModule] = []
 
-    def keep(graph: GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
 
     def call(x: Tensor, *tensors: Tensor) -> Any:
         y, _, *updates = torch.ops.bnrewrite.norm_forward(text, x, list(tensors))

@@ -128,7 +128,8 @@ def wants_double(program: Program) -> bool:
 
 def _may_cancel(value: sympy.Expr) -> bool:
     """Whether a sum of statistics is not one of numbers above zero, or a power is a logarithm's."""
-    if any(not p.exp.is_Rational or p.exp.q > 2 for p in value.atoms(sympy.Pow)):
+    powers: list[Any] = [power.exp for power in value.atoms(sympy.Pow)]
+    if any(not power.is_Rational or power.q > 2 for power in powers):
         return True
     return any(
         add.free_symbols & {M, V, Ms, Vs} and not _are_positive(add.args)
