@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
@@ -25,7 +27,9 @@ FILE = Path(__file__).with_name("triton_interpreted.py")
 
 def test_every_kernel_under_the_interpreter() -> None:
     """The tests of ``triton_interpreted.py``."""
-    pytest.importorskip("triton")
+    version = pytest.importorskip("triton").__version__
+    if Version(version) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+        pytest.skip("the interpreter of this Triton has no loops with this NumPy")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FILE)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
