@@ -81,6 +81,9 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
 
 def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
     options = rewriting.options
+    if options.stage == "inductor":  # it takes kernels of Triton over, if they are asked for
+        device = found.linear.source.meta["val"].device.type
+        return options.kernels == "generated" and device == "cuda" and may_generate(found)
     if options.stage != "eager" or options.kernels not in ("auto", "generated"):
         return False
     return may_generate(found) and (options.kernels == "generated" or has_fast_kernel(found))

@@ -86,6 +86,25 @@ def test_a_gpu_gets_kernels_where_they_are_asked_for() -> None:
     assert torch.ops.aten.relu.default not in targets
 
 
+def test_inductor_gets_the_operator() -> None:
+    """It takes the kernels over; a function in Python would stop it."""
+    pytest.importorskip("triton")
+    lowering, _, targets = on_a_gpu(Options(kernels="generated", stage="inductor"))
+    assert lowering == "generated"
+    assert torch.ops.bnrewrite.norm_forward.default in targets
+    assert not {norm, torch.ops.aten.relu.default} & set(targets)
+    for options in (Options(stage="inductor"), Options(kernels="generated", stage="export")):
+        assert torch.ops.bnrewrite.norm_forward.default not in on_a_gpu(options)[2]
+
+
+def test_inductor_gets_none_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("bnrewrite.passes.generated.operator_of", lambda *given: None)
+    lowering, _, targets = on_a_gpu(Options(kernels="generated", stage="inductor"))
+    assert lowering == "native"
+    assert norm not in targets
+
+
 @pytest.mark.parametrize("kernels", ["auto", "native", "composite"])
 def test_a_gpu_gets_none_unasked(kernels: str) -> None:
     """No GPU has measured them."""

@@ -12,7 +12,7 @@ from .generated import check_program, norm, norm_with_updates, why_no_kernels
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
-from .triton import why_no_triton
+from .triton import operator_of, why_no_triton
 
 __all__ = [
     "KERNELS",
@@ -25,6 +25,7 @@ __all__ = [
     "layer_norm",
     "norm",
     "norm_with_updates",
+    "operator_of",
     "why_no_kernels",
     "why_no_triton",
 ]

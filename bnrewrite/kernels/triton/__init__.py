@@ -11,10 +11,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["run_on_gpu", "why_no_triton"]
+__all__ = ["operator_of", "run_on_gpu", "why_no_triton"]
 
 
 @cache
@@ -42,3 +43,17 @@ def run_on_gpu(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor,
         return None
     y, _, *updates = norm_forward(text, dense, list(tensors))
     return (y, *(update.detach() for update in updates))
+
+
+def operator_of(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Any:
+    """The operator that makes ``[y, moments, *updates]`` of a program; None where it has no kernel.
+
+    Args:
+        text: the program.
+        x: of its dimensions; fake tensors will do.
+        tensors: t0, t1, ... and the residual, where the program adds one.
+    """
+    from .operators import found, norm_forward
+
+    _, launch = found(text, x, tensors)
+    return None if launch is None else norm_forward._opoverload

@@ -8,11 +8,12 @@ What is differentiated twice runs by torch's operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..generated.printing import Unprintable
 from ..generated.program import Program, parse
@@ -59,7 +60,9 @@ def _backward(
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Kernels are launched on the current device."""
+    """Kernels are launched on the current device; those of fake tensors are not."""
+    if isinstance(x, FakeTensor):
+        return nullcontext()
     place: Any = torch.cuda.device_of
     current: AbstractContextManager[None] = place(x)
     return current
