@@ -110,6 +110,12 @@ def test_other_programs_and_sizes(text: str, size: tuple[int, ...]) -> None:
     assert compare(draw(text, size), by_kernels, torch.float32) == []
 
 
+@pytest.mark.parametrize("kind", ["group", "running"])
+def test_counting_in_64_bits(kind: str, tiling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "LARGEST", 0)
+    assert compare(draw(PROGRAMS[kind], shape(kind)), by_kernels, torch.float32) == []
+
+
 def test_the_variance_of_numbers_far_from_zero(tiling: str) -> None:
     text = f"{PROGRAMS['batch']}; u0 = M; u1 = V"
     x = torch.randn(4, 3, 8, 9, generator=torch.Generator().manual_seed(1)) + 4096

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1  # the elements that 32 bits count
 FORWARD = {True: ("forward",), False: ("forward_moments", "forward_apply")}
 BACKWARD = {True: ("backward",), False: ("backward_sums", "backward_apply")}
+MOST = 4096  # kinds of tensors that are remembered
 PROCESSORS = 132  # of a device that is not there: a fake tensor's
 
 
@@ -43,6 +44,7 @@ class Launch:
         forward, backward: the tiles.
         single: the dtype of the moments.
         result: the dtype of y.
+        kernels: by their names.
     """
 
     tiled: Tiled
@@ -52,6 +54,7 @@ class Launch:
     backward: Tile
     single: torch.dtype
     result: torch.dtype
+    kernels: dict[str, Any]
 
     @property
     def groups(self) -> Any:
@@ -64,7 +67,7 @@ class Launch:
 
     def run(self, name: str, programs: Any, tile: Tile, *arguments: Any, parts: bool) -> None:
         """Launch a kernel."""
-        made = kernel(self.tiled, name)
+        made = self.kernels[name]
         if _is_interpreted(made) and any(isinstance(each, FakeTensor) for each in arguments):
             return  # an interpreter has no numbers to work on
         extents = [self.sizes[str(symbol)[1:]] for symbol in self.tiled.extents]
@@ -132,13 +135,21 @@ def _launch_of(
     before, after = tiles
     if before is None or after is None:
         return None
-    for name in (*FORWARD[before.whole], *BACKWARD[after.whole]):
-        kernel(tiled, name)  # so that what cannot be printed is known before anything runs
-    single = torch.float64 if double else torch.float32
-    return Launch(tiled, tuple(lengths), sizes, before, after, single, program.dtype or dtype)
+    return Launch(
+        tiled=tiled,
+        lengths=tuple(lengths),
+        sizes=sizes,
+        forward=before,
+        backward=after,
+        single=torch.float64 if double else torch.float32,
+        result=program.dtype or dtype,
+        kernels={  # printed now, so that what cannot be is known before anything runs
+            name: kernel(tiled, name) for name in (*FORWARD[before.whole], *BACKWARD[after.whole])
+        },
+    )
 
 
-_remembered = cache(_launch_of)
+_remembered = lru_cache(MOST)(_launch_of)
 
 
 @cache

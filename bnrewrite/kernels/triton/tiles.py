@@ -21,6 +21,7 @@ SECTOR = 32  # bytes
 LINE = 128  # bytes
 MOST_PARTS = 4096  # numbers that a program puts together
 LANES = 512  # elements for each warp
+RESIDENT = 16  # warps of a multiprocessor, where each thread has 128 registers
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def tile(
             groups *= 2
         while groups > least and -(-count["groups"] // groups) * count["lanes"] < 2 * processors:
             groups //= 2
-        workers, turns = _turns(count["groups"], groups, count["lanes"], processors, summed)
-        warps = min(max(groups * cells * elements // LANES, 1), 16)
+        warps = min(max(groups * cells * elements // LANES, 1), RESIDENT)
+        most = processors * RESIDENT // warps if summed else 0
+        workers, turns = _turns(count["groups"], groups, count["lanes"], most)
         return Tile(groups, cells, elements, warps, True, 1, 1, 1, 1, turns, workers)
     return _parts(count, across, processors, summed, PART // narrow)
 
@@ -123,25 +125,30 @@ def _parts(
     most = power(parts_c * wanted, MOST_PARTS)
     if parts_c * wanted > most or most * groups > MOST_PARTS:
         return None
-    workers, turns = _turns(
-        count["groups"], groups, count["lanes"] * parts_c * wanted, processors, summed
-    )
     warps = min(max(groups * cells * elements // LANES, 4), 8)
+    most_programs = processors * RESIDENT // warps if summed else 0
+    programs = count["lanes"] * parts_c * wanted
+    workers, turns = _turns(count["groups"], groups, programs, most_programs)
     return Tile(
         groups, cells, elements, warps, False, steps, parts_c * parts_e, parts_e, most, turns,
         workers,
     )  # fmt: skip
 
 
-def _turns(
-    count: Any, groups: int, programs: Any, processors: int, summed: bool
-) -> tuple[Any, Any]:
-    """How many programs go through the groups, and in how many turns."""
+def _turns(count: Any, groups: int, programs: Any, most: int) -> tuple[Any, Any]:
+    """How many workers go through the groups, and in how many turns.
+
+    Args:
+        count: of groups.
+        groups: of a tile.
+        programs: of each worker.
+        most: how many programs leave sums behind, about; 0 where none do.
+    """
     blocks = -(-count // groups)
-    if not summed:
+    if not most:
         return blocks, 1
     workers = 1
-    while workers * 2 * programs <= 2 * processors:
+    while workers * 2 * programs <= most:
         workers *= 2
     turns = -(-blocks // workers)
     return -(-blocks // turns), turns
