@@ -208,8 +208,8 @@ def test_symbolic_sizes(target: None) -> None:
             x, tensors = fakes(kind, shape, torch.float32)
 
         def call(x: Tensor, *tensors: Tensor, text: str = text) -> list[Tensor]:
-            y, moments, *_ = operators._forward(text, x, list(tensors))
-            return [y, *operators._backward(text, y, x, None, moments, list(tensors))]
+            y, moments, *_ = operators.forward(text, x, list(tensors))
+            return [y, *operators.backward(text, y, x, None, moments, list(tensors))]
 
         given = [torch.empty(t.shape) for t in (x, *tensors)]
         graph = make_fx(call, tracing_mode="symbolic")(*given)

@@ -20,6 +20,7 @@ from torch.library import wrap_triton
 from ..generated.check import check_program
 from ..generated.layout import arrange
 from ..generated.program import parse
+from ..generated.record import PLAIN
 from .compiled import kernel
 from .forward import given
 from .source import Tiled
@@ -72,9 +73,9 @@ class Launch:
             return  # an interpreter has no numbers to work on
         extents = [self.sizes[str(symbol)[1:]] for symbol in self.tiled.extents]
         constants = tile.sizes | ({"P": tile.most_parts} if parts else {})
-        wrap_triton(made)[(programs,)](
-            *arguments, *self.lengths, *extents, **constants, num_warps=tile.warps
-        )
+        watched = torch._C._len_torch_dispatch_stack() > 0 or type(arguments[0]) not in PLAIN
+        target = wrap_triton(made) if watched else made  # what can be traced takes 1 ms more
+        target[(programs,)](*arguments, *self.lengths, *extents, **constants, num_warps=tile.warps)
 
 
 def _is_interpreted(made: Any) -> bool:
@@ -218,7 +219,7 @@ def run_backward(
     tiled, cut, program = launch.tiled, launch.backward, launch.tiled.program
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if program.residual else None
-    firm = [dense_like(launch, i, tensors[i]) for i in tiled.source.firm()]
+    firm = [dense_like(launch, i, tensors[i]) for i in tiled.firm]
     before = [like(dy, x), x, *([] if y is None else [y]), moments]
     extra = [] if dresidual is None else [dresidual]
     own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]

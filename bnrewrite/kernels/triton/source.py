@@ -63,6 +63,16 @@ class Tiled:
         return Source(self.text, self.layout, (self.single,))
 
     @cached_property
+    def free(self) -> list[int]:
+        """The tensors that take a gradient."""
+        return self.source.free()
+
+    @cached_property
+    def firm(self) -> list[int]:
+        """The tensors on whose values a gradient depends."""
+        return self.source.firm()
+
+    @cached_property
     def double(self) -> bool:
         """Whether values of a group are in double precision."""
         return self.single == "float64" or wants_double(self.program)
@@ -97,7 +107,7 @@ class Tiled:
     @cached_property
     def summed(self) -> list[int]:
         """The tensors whose gradient is summed over groups inside a kernel."""
-        return [i for i in self.source.free() if i in self.inner]
+        return [i for i in self.free if i in self.inner]
 
     @cached_property
     def lanes(self) -> list[int]:
