@@ -49,7 +49,7 @@ BATCH = (
     "u0 = 0.9*t1 + 0.1*V; relu; residual"
 )
 
-Step = Callable[[], object]
+Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def operators_are_wrong() -> list[str]:
     op: Any = torch.ops.bnrewrite.norm_forward
     told = []
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", requires_grad=True)
+    def draw(*shape: int) -> Tensor:  # float64 tells a formula from a rounding
+        return torch.randn(shape, device="cuda", dtype=torch.float64, requires_grad=True)
 
     layer = (LAYER, draw(64, 384), [draw(384), draw(384)])
     batch = (BATCH, draw(16, 24, 50), [draw(24), draw(24).detach().abs(), draw(16, 24, 50)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import bnrewrite
 from benchmarks import gpu_cases, gpu_norms
 
 
@@ -34,6 +36,21 @@ def test_the_models_of_a_case_are_one_formula(norm: gpu_cases.Norm) -> None:
     *inputs, _ = case.tensors("cpu")
     made = [model.double()(*(x.double() for x in inputs)) for model in models.values()]
     torch.testing.assert_close(*made)
+
+
+def test_a_case_is_checked_against_float64() -> None:
+    """On a CPU its kernels are C++; what is asked of them is the same."""
+    case = gpu_cases.Case(gpu_cases.CASES[1], (4, 16, 6, 6), "NCHW", "float32")
+    hand = case.models("cpu")[gpu_norms.HAND]
+    *inputs, cotangent = case.tensors("cpu")
+    for x in inputs:
+        x.requires_grad_()
+    ours = bnrewrite.optimize(copy.deepcopy(hand), backend="eager", kernels="generated")
+    assert gpu_norms._wrong(hand, ours, inputs) == ([], "generated")
+    lame = bnrewrite.optimize(copy.deepcopy(hand), backend="eager", kernels="native")
+    assert gpu_norms._wrong(hand, lame, inputs) == (["the lowerings are 'native'"], "native")
+    (first, *_) = gpu_norms._step(ours, inputs, cotangent)()
+    assert first.shape == inputs[0].shape
 
 
 def test_every_case_is_listed_once() -> None:

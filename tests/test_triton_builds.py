@@ -39,6 +39,7 @@ BUILDS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
     ("residual", (32, 64, 56, 56), torch.bfloat16, LAST),
     ("batch relu", (32, 64, 56, 56), torch.float32, PLAIN),
     ("group", (32, 64, 56, 56), torch.float32, PLAIN),
+    ("batch relu", (8192, 64, 64, 80), torch.bfloat16, PLAIN),  # more than 32 bits count
 ]
 
 
@@ -129,7 +130,7 @@ def test_nothing_spills(
 ) -> None:
     """At the chosen tiles; ``--junitxml`` reports the registers of each kernel."""
     names = set()
-    for build in BUILDS[:: 1 if target == 90 else 2]:
+    for build in BUILDS if target == 90 else BUILDS[:5:2]:
         for call in calls(*build):
             made = compiled(call, target)
             found = usage(made.asm["cubin"], tmp_path)
