@@ -29,7 +29,7 @@ from .source import Tiled, indented
 def given(program: Program, *names: str) -> list[str]:
     """Pointers: x, the residual, y, the moments, the updates, more, and the tensors."""
     residual = ["residual"] if program.residual else []
-    updates = ["updates"] if program.updates else []
+    updates = [f"updates{i}" for i in range(len(program.updates))]
     tensors = [f"t{i}_" for i in range(len(program.tensors))]
     return ["x", *residual, "y", "moments", *updates, *names, *tensors]
 
@@ -202,7 +202,7 @@ def _stored(tiled: Tiled) -> list[str]:
         for place, name in enumerate(names)
     ]
     return lines + [
-        f"tl.store(updates + {place} * {every} + g, u{place}, mask={mask})"
+        f"tl.store(updates{place} + g, u{place}, mask={mask})"
         for place in range(len(tiled.program.updates))
     ]
 

@@ -169,9 +169,9 @@ def run_forward(
     residual = [like(tensors[count], x)] if program.residual else []
     y = torch.empty_like(x, dtype=launch.result)
     moments = x.new_empty((1 if program.about_zero else 2, launch.groups), dtype=launch.single)
-    updates = x.new_empty((len(program.updates), launch.groups), dtype=launch.single)
+    updates = [moments.new_empty(launch.groups) for _ in program.updates]
     dense = [dense_like(launch, i, t) for i, t in enumerate(tensors[:count])]
-    pointers = [x, *residual, y, moments, *([updates] if program.updates else [])]
+    pointers = [x, *residual, y, moments, *updates]
     assert len(pointers) + count == len(given(program))
     blocks = -(-launch.groups // cut.groups)
     if cut.whole:
@@ -185,16 +185,16 @@ def run_forward(
             "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *dense, *parts,
             parts=True,
         )  # fmt: skip
-    return y, moments, [_update(launch, update) for update in updates.unbind()]
+    return y, moments, [_update(launch, update) for update in updates]
 
 
 def _update(launch: Launch, update: Tensor) -> Tensor:
-    """A value of each group along the kept axes, in its own memory."""
+    """A value of each group along the kept axes."""
     tiled = launch.tiled
     memory = [axis for i in tiled.groups for axis in tiled.layout.loops[i].axes]
     kept = tiled.program.kept()
     memory = [*(axis for axis in kept if axis not in memory), *memory]  # those of one element first
-    made = update.clone().view([launch.sizes[axis] for axis in memory])
+    made = update.view([launch.sizes[axis] for axis in memory])
     return made.permute([memory.index(axis) for axis in kept])
 
 
@@ -223,9 +223,10 @@ def run_backward(
     before = [like(dy, x), x, *([] if y is None else [y]), moments]
     extra = [] if dresidual is None else [dresidual]
     own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]
-    leftovers = (cut.workers * cut.parts_e, *launch.along(tiled.lanes), *launch.along(tiled.cells))
-    cells = [x.new_empty(leftovers, dtype=launch.single) for _ in tiled.summed]
     lanes = math.prod(launch.along(tiled.lanes))
+    inside = [*tiled.lanes, *tiled.cells]
+    leftovers = (cut.workers * cut.parts_e, *launch.along(inside))
+    cells = [x.new_empty(leftovers, dtype=launch.single) for _ in tiled.summed]
     if cut.whole:
         launch.run(
             "backward", cut.workers * lanes, cut, *before, dx, *extra, *own, *cells, *firm,
@@ -247,8 +248,7 @@ def run_backward(
     made = dict(zip(tiled.gradients.groups, own, strict=True))
     found = {i: _gathered(launch, i, v, tiled.groups, tensors[i]) for i, v in made.items()}
     for i, value in zip(tiled.summed, cells, strict=True):
-        loops = [*tiled.lanes, *tiled.cells]
-        found[i] = _gathered(launch, i, value.sum(0), loops, tensors[i])
+        found[i] = _gathered(launch, i, value.sum(0), inside, tensors[i])
     return dx, dresidual, found
 
 
