@@ -39,7 +39,7 @@ def test_every_kernel_under_the_interpreter() -> None:
     assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
     passed = re.search(r"(\d+) passed", outcome.stdout)
     assert passed is not None
-    assert int(passed[1]) > 70
+    assert int(passed[1]) > 60
 
 
 class LayerNorm(nn.Module):
