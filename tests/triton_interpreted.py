@@ -181,13 +181,15 @@ def test_operators(kind: str) -> None:
     torch.library.opcheck(backward.default, given, test_utils=checks)
 
 
-def test_derivatives_of_derivatives() -> None:
-    text = PROGRAMS["layer"]
-    problem = draw(text, (1, 2, 3))
-    given = [t.requires_grad_() for t in (problem.x, *problem.tensors)]
-    torch.autograd.gradcheck(lambda *values: by_kernels(text, *values)[0], given, fast_mode=True)
-    second = torch.autograd.gradgradcheck
-    second(lambda *values: by_kernels(text, *values)[0], given, fast_mode=True)
+@pytest.mark.parametrize("kind", ["layer", "residual"])
+def test_derivatives_of_derivatives(kind: str) -> None:
+    text = PROGRAMS[kind]
+    problem = draw(text, (1, 2, 3) if kind == "layer" else (2, 2, 1, 2))
+    noise = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(3)).double() / 64
+    x = problem.x + noise  # nothing lies where relu bends
+    given = [t.requires_grad_() for t in (x, *problem.tensors)]
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        check(lambda *values: by_kernels(text, *values)[0], given, fast_mode=True)
 
 
 def test_a_buffer_that_changes_before_the_backward() -> None:
@@ -198,6 +200,18 @@ def test_a_buffer_that_changes_before_the_backward() -> None:
     for buffer, new in zip(tensors[2:], updates, strict=True):
         assert not new.requires_grad
         buffer.copy_(new)
+    torch.testing.assert_close(torch.autograd.grad(y, x, problem.cotangent.float()), expected)
+
+
+def test_a_bias_may_change_before_the_backward() -> None:
+    """The native operators allow it: no gradient depends on its value."""
+    text = PROGRAMS["layer"]
+    problem = draw(text, shape("layer"))
+    x, weight, bias = (t.float().requires_grad_() for t in (problem.x, *problem.tensors))
+    y = by_kernels(text, x, weight, bias)[0]
+    expected = torch.autograd.grad(y, x, problem.cotangent.float(), retain_graph=True)
+    with torch.no_grad():
+        bias.add_(1.0)
     torch.testing.assert_close(torch.autograd.grad(y, x, problem.cotangent.float()), expected)
 
 

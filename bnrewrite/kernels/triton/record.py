@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..generated.printing import Unprintable
 from ..generated.program import parse
-from ..generated.record import of_reference
+from ..generated.record import PLAIN, of_reference
 from .launch import Launch, launch_of, run_backward, run_forward
 
 Backward = Callable[[str, Tensor, Tensor, Tensor | None, Tensor, list[Tensor]], list[Tensor]]
@@ -100,16 +100,24 @@ def save(
     moments: Tensor,
 ) -> None:
     """Keep x, the moments, and what a backward reads of the tensors."""
-    program, firm, free = launch.tiled.program, launch.tiled.firm, launch.tiled.free
+    program, used = launch.tiled.program, launch.tiled.used
+    firm, free = launch.tiled.firm, launch.tiled.free
     kept: list[Tensor] = []
     for i in range(len(program.tensors)):
-        if i not in firm:  # its shape and dtype alone are asked for
+        if i in free:  # where no gradient depends on its value, it may have changed since
+            kept.append(given[i] if i in firm else _unwatched(given[i]))
+        elif i in used:  # a buffer may change before the backward; a copy does not
+            kept.append(given[i].clone())
+        else:  # of updates alone: nothing but its shape is asked for
             kept.append(torch.empty_like(given[i]))
-        else:  # a buffer may change before the backward; a copy does not
-            kept.append(given[i] if i in free else given[i].clone())
     masked = program.residual and bool(program.activation)
     ctx.save_for_backward(x, moments, y if masked else None, *kept, *given[len(kept) :])
     ctx.text = text
+
+
+def _unwatched(tensor: Tensor) -> Tensor:
+    """A tensor that may be changed in place after it was saved; a tracer has a name for it."""
+    return tensor.data if type(tensor) in PLAIN else tensor.detach()
 
 
 def differentiate(

@@ -68,6 +68,11 @@ class Tiled:
         return self.source.free()
 
     @cached_property
+    def used(self) -> list[int]:
+        """The tensors that are not of updates alone."""
+        return self.source.used()
+
+    @cached_property
     def firm(self) -> list[int]:
         """The tensors on whose values a gradient depends."""
         return self.source.firm()
