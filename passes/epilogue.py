@@ -2,21 +2,37 @@
 
 Before:  z = relu(norm(x)),  z = relu(norm(x) + residual)
 After:   the site has an epilogue, which a kernel computes while it writes the norm.
-Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device; a
-region of other gradient mode between the two.
+Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device, or
+before an activation whose slope the result does not tell; a region of other gradient mode between
+the two.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from bnrewrite.algebra.calls import is_tensor, shape_of
+from bnrewrite.kernels import may_follow_residual
 
 from .nodes import aten
 from .rewriting import Decision, Epilogue, Rewriting
+
+ACTIVATIONS: dict[Any, str] = {
+    (aten.relu.default, ()): "relu",
+    (aten.relu6.default, ()): "relu6",
+    (aten.hardtanh.default, (0.0, 6.0)): "relu6",
+    (aten.silu.default, ()): "silu",
+    (aten.gelu.default, ()): "gelu",
+    (aten.gelu.default, ("none",)): "gelu",
+    (aten.gelu.default, ("tanh",)): "gelu_tanh",
+    (aten.sigmoid.default, ()): "sigmoid",
+    (aten.tanh.default, ()): "tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ def _epilogue(decision: Decision) -> Epilogue | None:
         residual = _residual(last, decision)
         end = None if residual is None else _only_user(last)
         activation = None if end is None else _activation(end, last)
-        if activation is None or end is None:
+        if activation is None or end is None or not may_follow_residual(activation):
             return None
         last = end
     return Epilogue(activation, residual, last)
@@ -65,13 +81,11 @@ def _activation(node: fx.Node, of: fx.Node) -> str | None:
     """The name that kernels have for an activation of a node."""
     if not node.args or node.args[0] is not of:
         return None
-    if node.target is aten.relu.default:
-        return "relu"
-    if node.target is aten.relu6.default:
-        return "relu6"
-    if node.target is aten.hardtanh.default and tuple(node.args[1:]) == (0.0, 6.0):
-        return "relu6"
-    return None
+    options = (*node.args[1:], *node.kwargs.values())
+    if node.target is aten.leaky_relu.default and all(isinstance(o, int | float) for o in options):
+        slope = float(options[0]) if options else 0.01  # type: ignore[arg-type]
+        return f"leaky_relu {slope!r}" if math.isfinite(slope) else None
+    return ACTIVATIONS.get((node.target, options))
 
 
 def _residual(node: fx.Node, decision: Decision) -> fx.Node | None:

@@ -36,6 +36,9 @@ PROGRAMS = {
         "centre = 0.1*M + 0.9*t2; scale = t0*(0.9*t3 + 0.1*V*N/(N-1) + 1.0e-5)**(-1/2); "
         "shift = t1; u0 = 0.1*M + 0.9*t2; u1 = 0.9*t3 + 0.1*V*N/(N-1)"
     ),
+    "group silu": (
+        f"x[n (g=4 c) h w] over c h w; t0[g c]; t1[g c]; centre = M; {AFFINE}; silu"
+    ),
     "residual": (
         f"x[n c h w] over n h w; t0[c]; t1[c]; centre = M; {AFFINE}; relu; residual"
     ),

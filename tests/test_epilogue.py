@@ -51,6 +51,14 @@ TAKEN: dict[str, Ending] = {
     "residual first": lambda y, other: torch.relu(other + y),
     "residual, relu6": lambda y, other: functional.relu6(y + other),
     "residual in place": in_place,
+    "leaky": lambda y, _: functional.leaky_relu(y),
+    "leaky by a slope": lambda y, _: functional.leaky_relu(y, negative_slope=-0.3),
+    "residual, leaky": lambda y, other: functional.leaky_relu(y + other, 0.2),
+    "silu": lambda y, _: functional.silu(y),
+    "gelu": lambda y, _: functional.gelu(y),
+    "gelu by tanh": lambda y, _: functional.gelu(y, approximate="tanh"),
+    "sigmoid": lambda y, _: torch.sigmoid(y),
+    "tanh": lambda y, _: torch.tanh(y),
     "twice itself": lambda y, _: torch.relu(y + y),
 }
 LEFT: dict[str, Ending] = {
@@ -59,6 +67,8 @@ LEFT: dict[str, Ending] = {
     "broadcast": lambda y, other: torch.relu(y + other[:1]),
     "scaled residual": lambda y, other: torch.relu(torch.add(y, other, alpha=2)),
     "other bounds": lambda y, _: functional.hardtanh(y, 0.0, 5.0),
+    "residual, silu": lambda y, other: functional.silu(y + other),
+    "residual, turned": lambda y, other: functional.leaky_relu(y + other, -0.2),
     "no activation": lambda y, other: y + other,
     "another dtype": lambda y, other: torch.relu(y + other.double()),
 }
@@ -83,7 +93,8 @@ def activations(model: Any, inputs: tuple[Tensor, Tensor]) -> int:
     """How many are left beside the one kernel."""
     ((_, after),) = explain(model, *inputs).graph_texts
     assert after.count("generated.call.norm") == 1
-    return after.count("aten.relu") + after.count("aten.hardtanh")
+    names = ("relu", "hardtanh", "silu", "gelu", "sigmoid", "tanh")
+    return sum(after.count(f"aten.{name}") for name in (*names, "leaky_relu"))
 
 
 @pytest.mark.parametrize("other", [torch.contiguous_format, torch.channels_last])

@@ -31,6 +31,8 @@ NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
 LAST = torch.channels_last
 PLAIN = torch.contiguous_format
 
+TEXTS = PROGRAMS | {"layer gelu": f"{PROGRAMS['layer']}; gelu_tanh"}
+
 # What fills its tile most: most registers, and each of the six kernels for each way through memory.
 BUILDS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
     ("layer", (16, 512, 8192), torch.bfloat16, PLAIN),
@@ -39,6 +41,7 @@ BUILDS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
     ("residual", (32, 64, 56, 56), torch.bfloat16, LAST),
     ("batch relu", (32, 64, 56, 56), torch.float32, PLAIN),
     ("group", (32, 64, 56, 56), torch.float32, PLAIN),
+    ("layer gelu", (16, 512, 4096), torch.bfloat16, PLAIN),
     ("batch relu", (8192, 64, 64, 80), torch.bfloat16, PLAIN),  # more than 32 bits count
 ]
 
@@ -55,7 +58,7 @@ class Call:
 
 
 def fakes(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    program = parse(PROGRAMS[kind])
+    program = parse(TEXTS[kind])
     sizes = program.axis_sizes(shape)
     tensors = [torch.empty([sizes[axis] for axis in own]) for own in program.tensors]
     x = torch.empty(shape, dtype=dtype)
@@ -66,7 +69,7 @@ def calls(
     kind: str, shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
 ) -> Iterator[Call]:
     """Every launch of a forward and a backward."""
-    text, seen = PROGRAMS[kind], []
+    text, seen = TEXTS[kind], []
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
 
         def remember(

@@ -27,6 +27,7 @@ PARTS = [
     ("group", "second axis inside"),
     ("residual", "second axis inside"),
 ]
+SMALL_RESULTS = "x[a b] over b; t0[b]; centre = M; scale = 1.0e-3*t0*(V + 1.0e-5)**(-1/2)"
 SMALL = {"FORWARD": 16, "BACKWARD": 16, "PART": 128, "ROWS": 16}
 
 
@@ -96,7 +97,12 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
         (PROGRAMS["batch"], (70, 3, 1, 1)),
         (PROGRAMS["instance"], (1, 1, 1, 1)),
         (PROGRAMS["group"], (2, 8, 1, 1)),
-        (PROGRAMS["batch relu"].replace("relu", "relu6"), (3, 8, 5, 7)),
+        *[
+            (PROGRAMS["batch"] + f"; {name}", (3, 8, 5, 7))
+            for name in ("relu6", "leaky_relu 0.1", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
+        ],
+        (f"{SMALL_RESULTS}; tanh", (3, 37)),
+        (PROGRAMS["residual"].replace("relu", "leaky_relu 0.1"), (3, 8, 5, 7)),
         (PROGRAMS["layer"] + "; to float32; u0 = M; u1 = V**(1/3)", (3, 5, 37)),
         (PROGRAMS["residual"].replace("relu; ", ""), (3, 8, 5, 7)),
         ("x[a b] over a b; t0[a]; centre = M; scale = t0/Na; u0 = M/Nb", (3, 37)),
@@ -226,6 +232,9 @@ def test_what_has_no_kernel() -> None:
     assert run_on_gpu(text, x.int(), [one, one]) is None
     sevenths = text.replace("**(-1/2)", "**M")
     assert run_on_gpu(sevenths, x, [one, one]) is None
+    silu = PROGRAMS["residual"].replace("relu", "silu")
+    image, two = torch.randn(3, 8, 5, 7), torch.ones(8)
+    assert run_on_gpu(silu, image, [two, two, image]) is None  # the sum is not kept
     both = text.replace("t0*(V", "1/(t0 + V)*(V")
     assert run_on_gpu(both, x, [one, one]) is None
     with pytest.raises(ValueError, match=r"no kernel of .* takes torch.float32 tensors"):

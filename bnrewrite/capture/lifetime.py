@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.kernels import KERNELS
+from bnrewrite.kernels import KERNELS, copied, norm, norm_with_updates
 
 _DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
 
@@ -35,10 +35,19 @@ def outlives(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
     """Whether a value, or a view of it, may be saved for a backward or returned."""
     return any(
         user.op == "output"
-        or user in differentiable
+        or (user in differentiable and _is_kept(node, user))
         or (may_alias(user) and outlives(user, differentiable))
         for user in node.users
     )
+
+
+def _is_kept(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a backward may ask for a value as it was: kernels copy what takes no gradient."""
+    if user.target not in (norm, norm_with_updates):
+        return True
+    text, x, *tensors = user.args
+    without = copied(str(text))
+    return x is node or any(each is node and i not in without for i, each in enumerate(tensors))
 
 
 def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:

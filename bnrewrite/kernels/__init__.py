@@ -8,7 +8,14 @@ from typing import Any
 from .batched import batch_norm
 from .folding import folded
 from .frozen import frozen_batch_norm
-from .generated import check_program, norm, norm_with_updates, why_no_kernels
+from .generated import (
+    check_program,
+    copied,
+    may_follow_residual,
+    norm,
+    norm_with_updates,
+    why_no_kernels,
+)
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
@@ -18,11 +25,13 @@ __all__ = [
     "KERNELS",
     "batch_norm",
     "check_program",
+    "copied",
     "folded",
     "frozen_batch_norm",
     "group_norm",
     "has_dense_channels",
     "layer_norm",
+    "may_follow_residual",
     "norm",
     "norm_with_updates",
     "operator_of",

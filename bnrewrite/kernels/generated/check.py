@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from .activations import activation
 from .gradients import gradients
 from .printing import Unprintable, of_elements
 from .program import parse
@@ -29,3 +30,14 @@ def check_program(text: str) -> str | None:
     except Unprintable as reason:
         return str(reason)
     return None
+
+
+def may_follow_residual(text: str) -> bool:
+    """Whether the slope of an activation is known from its result, which is what is saved then."""
+    found = activation(text)
+    return found is not None and found.of_result
+
+
+def copied(text: str) -> frozenset[int]:
+    """The numbers of the tensors that no backward keeps: it reads copies, or none."""
+    return parse(text).fixed

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .pieces import decode, indented, offset
+from collections.abc import Sequence
+
+from .elements import Element
+from .pieces import decode, group_tensors, indented, offset
 from .printing import Source, Unprintable, of_elements
 
 CACHE = 65536  # elements of a task that a core's cache holds between two passes
@@ -39,6 +42,7 @@ class Columns:
             for i, term in enumerate(terms)
             if term.group != 1 and (i not in self.still[letter])
         ]
+        self.element = Element(source, "at", self._affine(), "_q")
 
     def head(self) -> list[str]:
         """How the work is cut."""
@@ -73,9 +77,19 @@ class Columns:
         return [*lines, f"    const int64_t base = {base} + from; (void)base;"]
 
     def sweep(
-        self, end: str, body: list[str], *, head: list[str], tail: list[str], after: list[str]
+        self,
+        end: str,
+        body: list[str],
+        *,
+        head: Sequence[str] = (),
+        tail: Sequence[str] = (),
+        after: Sequence[str] = (),
     ) -> list[str]:
-        """Rows from ``row`` to an end, several at once: their sums are taken in registers first."""
+        """Rows from ``row`` to an end, several at once: their sums are taken in registers first.
+
+        ``ahead`` is how far the elements lie that are read ``AHEAD`` steps later: rows that are
+        short, or far apart, are no stream that a processor sees by itself.
+        """
         reduced = [i for i in self.source.layout.reduced if i not in self.loops]
         numbers = self.of_row
         return [
@@ -89,24 +103,27 @@ class Columns:
             f"    places[k] = base + {offset(reduced)};",
             *[f"    row_t{i}[k] = load<acc>(p{i} + {self.source.index(i)});" for i in numbers],
             "  }",
+            "  const bool is_late = row + TALL * AHEAD >= end;  // of the task",
+            "  const int64_t ahead = is_late ? 0 : (places[1] - places[0]) * TALL * AHEAD;",
+            "  (void)ahead;",
             "  auto sweep = [&](auto count) {",
             "    each(0, width, [&](auto tag, int64_t q) {",
             "      using V = decltype(tag);",
-            *indented(head, 6),
+            *indented(list(head), 6),
             "      for (int64_t k = 0; k < count; ++k) {",
             "        const int64_t at = places[k] + q;",
             *[f"        const acc t{i} = row_t{i}[k];" for i in numbers],
             *indented(body, 8),
             "      }",
-            *indented(tail, 6),
+            *indented(list(tail), 6),
             "    });",
             "  };",
             "  if (tall == TALL) sweep(std::integral_constant<int64_t, TALL>{}); else sweep(tall);",
-            *indented(after, 2),
+            *indented(list(after), 2),
             "}",
         ]
 
-    def affine(self) -> tuple[str, str]:
+    def _affine(self) -> tuple[str, str]:
         """A and B of an element, from arrays of the columns."""
         written = []
         for letter, terms in self.terms.items():
@@ -133,18 +150,10 @@ class Columns:
             for i, name in enumerate(self.arrays)
         ]
 
-    def group(self, only: list[int]) -> list[str]:
-        """The tensors of a group."""
-        return [
-            f"const double t{i} = load<acc>(p{i} + {self.source.index(i)});"
-            for i in self.of_group
-            if i in only
-        ]
-
     def fill(self, only: list[int]) -> list[str]:
         """The arrays of the columns of one group, whose M and V are known."""
         source = self.source
-        lines = [*source.stopped(), *self.group(only)]
+        lines = [*source.stopped(), *group_tensors(source, self.of_group, only)]
         lines += source.coefficients()
         lines += [f"const acc {n}_value = acc({n}_); (void){n}_value;" for n in source.names()]
         lines += ["for (int64_t q = first; q < first + within; ++q) {"]

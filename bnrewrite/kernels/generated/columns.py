@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from .column_blocks import Columns
 from .column_gradients import backward
-from .pieces import indented
-from .printing import Source, of_groups
+from .pieces import indented, moments, updates
+from .printing import Source
 
 
 def columns_source(source: Source) -> str:
@@ -18,30 +18,21 @@ def columns_source(source: Source) -> str:
 
 
 def _forward(source: Source) -> list[str]:
-    program, columns = source.program, Columns(source)
-    scale, shift = columns.affine()
-    u = "(value - centre_q)" if source.has_centre else "value"
-    made = f"({scale}) * {u}" + (f" + {shift}" if shift else "")
-    made += " + load<V>(residual + at)" if program.residual else ""
-    named = [(f"new{i}", value) for i, value in enumerate(program.updates)]
-    updates = of_groups(named) if named else []
-    updates += [f"updates[{i} * groups + group] = acc(new{i});" for i in range(len(named))]
-    zero = program.about_zero
-    merged = [
-        "double count = 0, mean = 0, spread = 0;",
+    columns = Columns(source)
+    zero = source.program.about_zero
+    together = (
+        "  spread += spreads[q];"
+        if zero
+        else "  merge(count, mean, spread, double(rows), means[q], 0, 0), spread += spreads[q];"
+    )
+    finished = [
+        "double count = 0, mean = 0, spread = 0; (void)count; (void)mean;",
         "for (int64_t q = first; q < first + within; ++q)",
-        "  merge(count, mean, spread, double(rows), means[q], 0, 0), spread += spreads[q];"
-        if not zero
-        else "  spread += spreads[q];",
-        "(void)count; (void)mean;",
+        together,
+        *moments(source, "mean", "spread"),
+        *columns.fill(columns.of_group),
+        *updates(source),
     ]
-    if zero:
-        merged += ["const double M = 0, V = spread / N;", "moments[group] = acc(V);"]
-    else:
-        merged += [
-            "const double M = mean, V = spread > 0 || spread != spread ? spread / N : 0;",
-            "moments[group] = acc(M); moments[groups + group] = acc(V);",
-        ]
     return [
         source.signature("forward", source.forward_arguments()),
         *columns.head(),
@@ -50,7 +41,7 @@ def _forward(source: Source) -> list[str]:
         " *values) {",
         *columns.task(),
         *columns.pointers("    "),
-        *columns.each_group([*merged, *columns.fill(columns.of_group), *updates]),
+        *columns.each_group(finished),
         "  };",
         "  auto apply = [&](int64_t task, int64_t begin, int64_t end, acc *values) {",
         *columns.task(),
@@ -59,14 +50,8 @@ def _forward(source: Source) -> list[str]:
         *indented(
             columns.sweep(
                 "end",
-                [
-                    "const V value = load<V>(x + at);",
-                    f"const V made = {made};",
-                    f"store(y + at, V({source.activated('made')}));",
-                ],
+                [*columns.element.fetched("x"), *columns.element.forward()],
                 head=columns.loads(),
-                tail=[],
-                after=[],
             ),
             4,
         ),
@@ -182,11 +167,16 @@ def _measure(columns: Columns, zero: bool) -> list[str]:
         "    for (int64_t q = 0; q < wide; ++q) means[q] = spreads[q] = 0;",
         *(["    int64_t row = begin;"] if zero else [*pivot, "    row = begin;"]),
         "    double count = 0; (void)sums;",
-        "    for (int64_t block = begin; block < end; block += ROWS) {",
-        "      const int64_t stop = std::min(block + ROWS, end);",
+        "    for (int64_t block = begin; block < end; block += MOST) {",
+        "      const int64_t stop = std::min(block + MOST, end);",
         "      row = block;",
         *indented(
-            columns.sweep("stop", [f"const V d = {value};", *adds], head=head, tail=tail, after=[]),
+            columns.sweep(
+                "stop",
+                [*columns.element.fetched("x"), f"const V d = {value};", *adds],
+                head=head,
+                tail=tail,
+            ),
             6,
         ),
         "      const double n = double(stop - block), share = n / (count + n); (void)share;",

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activations import activation
 from .build import NoCompiler, library
 from .columns import columns_source
+from .functions import functions_source
 from .layout import Layout, arrange
 from .printing import Source, Unprintable
 from .program import Program, parse
@@ -129,6 +131,9 @@ def compiled_functions(source: Source) -> ctypes.CDLL | None:
     """What a source is compiled to, once in a process, whatever the sizes; None for nothing."""
     try:
         body = columns_source(source) if source.layout.columns else rows_source(source)
+        found = activation(source.program.activation)
+        if found is not None and found.formula is not None:
+            body = functions_source(source.single) + body
         return library(body, source.single)
     except Unprintable:
         return None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .program import Program
 
-SHORT = 256  # elements of a dense row; shorter ones are read as columns where rows lie outside
+SHORT = 64  # elements of a dense row; shorter ones are read as columns where rows lie outside
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from .printing import Source, of_elements
+from .printing import Source, of_elements, of_groups
 
 
 def decode(loops: list[int], flat: str, indent: str) -> list[str]:
@@ -46,6 +46,13 @@ class Sums:
             return f"{name}_sum"
         return f"({of_elements(element)}) * {name}_sum"
 
+    def terms(self) -> list[tuple[str, str]]:
+        """The sums, and what an element adds to each."""
+        return [
+            (name, " * ".join([*([f"({key})"] if key else []), "gu" if degree else "g"]))
+            for (key, degree), name in self.lanes.items()
+        ]
+
 
 def inside(source: Source, number: int, names: dict[str, str] | None = None) -> str:
     """What an element adds to a tensor that varies inside a group."""
@@ -68,3 +75,46 @@ def inside_sums(source: Source, sums: Sums, number: int) -> str:
         for place, element in slopes:
             parts.append(" * ".join([*source.factor(letter, place), sums.lane(element, degree)]))
     return " + ".join(parts) or "0"
+
+
+def group_tensors(source: Source, numbers: list[int], only: list[int]) -> list[str]:
+    """The tensors of a group, in double precision."""
+    return [
+        f"const double t{i} = load<acc>(p{i} + {source.index(i)});" for i in numbers if i in only
+    ]
+
+
+def moments(source: Source, mean: str, spread: str) -> list[str]:
+    """M and V of a group, kept for the backward."""
+    if source.program.about_zero:
+        return [f"const double M = 0, V = {spread} / N;", "moments[group] = acc(V);"]
+    return [
+        f"const double M = {mean}, V = {spread} > 0 || {spread} != {spread} ? {spread} / N : 0;",
+        "moments[group] = acc(M); moments[groups + group] = acc(V);",
+    ]
+
+
+def updates(source: Source) -> list[str]:
+    """What buffers take of a group."""
+    named = [(f"new{i}", value) for i, value in enumerate(source.program.updates)]
+    lines = of_groups(named) if named else []
+    return lines + [f"update{i}[group] = acc(new{i});" for i in range(len(named))]
+
+
+def group_gradients(source: Source, of_group: list[int]) -> list[str]:
+    """What a group makes of its sums: dM, dV, and what tensors take that are constant in it."""
+    made = source.gradients
+    named = [("dM", made.mean), ("dV", made.variance)]
+    named += [(f"own{i}", made.groups[i]) for i in of_group]
+    return [*of_groups(named), *[f"k{i}[group] = own{i};" for i in of_group]]
+
+
+def gathered(source: Source, number: int, adds: list[str]) -> list[str]:
+    """The gradient of a tensor: lines add what groups, rows or columns have kept to ``sum``."""
+    return [
+        "  {",
+        f"    std::vector<double> sum({source.size(number)});",
+        *indented(adds, 4),
+        f"    for (int64_t j = 0; j < int64_t(sum.size()); ++j) store(q{number} + j, acc(sum[j]));",
+        "  }",
+    ]

@@ -12,7 +12,10 @@ namespace {
 constexpr int64_t W = 16;       // numbers in a vector
 constexpr int64_t BLOCK = 1024; // numbers that are added up in single precision
 constexpr int64_t ROWS = 64;    // rows of columns that are
-constexpr int64_t TALL = 4;     // rows that are read at once
+constexpr int64_t MOST = 256;   // the same, where it takes long to merge them
+constexpr int64_t TALL = 8;     // rows that are read at once
+constexpr int64_t AHEAD = 4;    // steps of such rows between what is read and what is asked for
+constexpr int64_t FAR = 2048;   // numbers of a row between the two
 
 typedef acc vec __attribute__((vector_size(W * sizeof(acc))));
 typedef uint16_t half_bits __attribute__((vector_size(32)));

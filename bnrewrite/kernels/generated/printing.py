@@ -46,7 +46,7 @@ class _Groups(CXX17CodePrinter):  # type: ignore[misc]
         return f"inverse_root({self._print(value.args[0])})"
 
 
-class _Elements(CXX17CodePrinter):  # type: ignore[misc]
+class ElementPrinter(CXX17CodePrinter):  # type: ignore[misc]
     """Sums, products and quotients of elements, in the precision that the kernel computes in."""
 
     def _print_Integer(self, expr: Any) -> str:
@@ -73,7 +73,7 @@ class _Elements(CXX17CodePrinter):  # type: ignore[misc]
 
 def of_elements(value: sympy.Expr) -> str:
     """An expression of elements."""
-    return str(_Elements().doprint(value))
+    return str(ElementPrinter().doprint(value))
 
 
 def of_groups(named: Sequence[tuple[str, sympy.Expr]], letter: str = "z") -> list[str]:
@@ -147,6 +147,10 @@ class Source:
         """The loops along which a tensor runs."""
         return [i for i, loop in enumerate(self.layout.loops) if number in loop.tensors]
 
+    def size(self, number: int) -> str:
+        """How many elements a tensor has."""
+        return " * ".join(f"n{loop}" for loop in self.runs(number)) or "1"
+
     def signature(self, name: str, pointers: Sequence[tuple[str, str]]) -> str:
         """The head of a function: what it points to, the lengths of its loops, the extents."""
         loops = range(len(self.layout.loops))
@@ -170,7 +174,7 @@ class Source:
         given = [(f"const {t}", f"p{i}") for i, t in enumerate(tensors)]
         return [
             (f"const {x}", "x"), (f"const {x}", "residual"), (y, "y"), ("acc", "moments"),
-            ("acc", "updates"), *given,
+            *[("acc", f"update{i}") for i in range(len(self.program.updates))], *given,
         ]  # fmt: skip
 
     def backward_arguments(self) -> list[tuple[str, str]]:
@@ -236,24 +240,6 @@ class Source:
             return " + ".join(parts)
 
         return written("a", self.program.scale), written("b", self.program.shift)
-
-    def activated(self, value: str) -> str:
-        """The activation of a vector or number."""
-        kind = self.program.activation
-        if kind == "relu":
-            return f"({value} < acc(0) ? V{{}} : {value})"
-        if kind == "relu6":
-            return f"({value} < acc(0) ? V{{}} : {value} > acc(6) ? V{{}} + acc(6) : {value})"
-        return value
-
-    def masked(self, value: str) -> str:
-        """The cotangent behind the activation whose argument is a value."""
-        kind = self.program.activation
-        if kind == "relu":
-            return f"({value} <= acc(0) ? V{{}} : g)"
-        if kind == "relu6":
-            return f"({value} <= acc(0) ? V{{}} : {value} >= acc(6) ? V{{}} : g)"
-        return "g"
 
     def statistics(self, index: str, count: str) -> list[str]:
         """M and V of a group from what was saved."""

@@ -12,7 +12,8 @@ V = E[(x - M)^2] over n, h and w of each c. The words:
                          Na, Nb, ..., the extents of the axes a, b, ...;
                          ``Ms`` and ``Vs`` are moments through which no gradient flows
     u0 = ...             further values of each group, as buffers take: no gradient flows to them
-    relu | relu6         the activation; nothing for none
+    relu | relu6 | leaky_relu 0.01 | silu | gelu | gelu_tanh | sigmoid | tanh
+                         the activation; nothing for none
     residual             a tensor like x is added before the activation
     to float32           the dtype of y, where it is not that of x
 
@@ -30,6 +31,8 @@ from typing import Any
 
 import sympy
 import torch
+
+from .activations import activation as read_activation
 
 M, V = sympy.Symbol("M", real=True), sympy.Symbol("V", nonnegative=True)
 Ms, Vs = sympy.Symbol("Ms", real=True), sympy.Symbol("Vs", nonnegative=True)
@@ -75,7 +78,6 @@ FUNCTIONS: dict[str, Any] = {
     "Larger": Larger,
     "Root": Root,
 }
-ACTIVATIONS = ("", "relu", "relu6")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Program:
         scale: its terms; they are added.
         shift: its terms.
         updates: further values of each group.
-        activation: one of ``ACTIVATIONS``.
+        activation: as ``activations.activation`` reads it; empty for none.
         residual: a tensor like x is added before the activation.
         dtype: of y, None for that of x.
     """
@@ -168,7 +170,7 @@ def parse(text: str) -> Program:
             if tensor[3]:
                 fixed.add(len(tensors))
             tensors.append(tuple(tensor[2].split()))
-        elif part in ACTIVATIONS:
+        elif read_activation(part) is not None:
             activation = part
         elif part == "residual":
             residual = True

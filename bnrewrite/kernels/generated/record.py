@@ -29,14 +29,12 @@ def forward(
     count = len(kernel.orders)
     residual = _like(given[count], x) if kernel.residual else None
     y = torch.empty_like(x, dtype=kernel.result)
-    both = x.new_empty((kernel.saved + kernel.updates, kernel.groups), dtype=kernel.single)
-    moments, new = both[: kernel.saved], both[kernel.saved :]
+    moments = x.new_empty((kernel.saved, kernel.groups), dtype=kernel.single)
+    new = [moments.new_empty(kernel.groups) for _ in range(kernel.updates)]
     dense = [_dense(t, order) for t, order in zip(given[:count], kernel.orders, strict=True)]
-    kernel.run(kernel.forward, [x, residual, y, moments, new, *dense])
-    if not kernel.updates:
-        return y, moments, ()
+    kernel.run(kernel.forward, [x, residual, y, moments, *new, *dense])
     sizes, places = kernel.kept
-    return y, moments, tuple(update.clone().view(sizes).permute(places) for update in new)
+    return y, moments, tuple(update.view(sizes).permute(places) for update in new)
 
 
 class Recorded(torch.autograd.Function):

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from .activations import activation
 from .program import M, Ms, N, V, Vs, parse
 
 
@@ -71,7 +72,9 @@ def reference(
     if residual is not None:
         y = y + residual
     if program.activation:
-        y = getattr(torch.nn.functional, program.activation)(y)
+        behind = activation(program.activation)
+        assert behind is not None
+        y = behind.torch(y)
     y = _laid_out(y.to(program.dtype or x.dtype), x)
     if not updates:
         return y, ()

@@ -96,26 +96,25 @@ bool is_observed() {
 std::pair<variable_list, Tensor> run(const Kernel &kernel, const Tensor &x, const variable_list &given) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   Tensor y = fresh(x, kernel.result);
-  Tensor both(at::detail::empty_cpu({kernel.saved + kernel.updates, kernel.groups}, kernel.single));
+  Tensor moments(at::detail::empty_cpu({kernel.saved, kernel.groups}, kernel.single));
   const size_t count = kernel.orders.size();
   Tensor residual = kernel.residual ? like(given[count], x) : Tensor();
   std::vector<Tensor> held(count);
-  std::vector<void *> pointers{
-      x.data_ptr(), residual.defined() ? residual.data_ptr() : nullptr, y.data_ptr(), both.data_ptr(),
-      static_cast<char *>(both.data_ptr()) + kernel.saved * kernel.groups * both.element_size()};
+  std::vector<void *> pointers{x.data_ptr(), residual.defined() ? residual.data_ptr() : nullptr, y.data_ptr(),
+                               moments.data_ptr()};
+  variable_list made{y};
+  for (int64_t i = 0; i < kernel.updates; ++i) {
+    made.emplace_back(at::detail::empty_cpu(kernel.kept.sizes, kernel.single));
+    pointers.push_back(made.back().data_ptr());
+  }
   for (size_t i = 0; i < count; ++i) {
     held[i] = dense(given[i], kernel.orders[i]);
     pointers.push_back(held[i].data_ptr());
   }
   kernel.forward(pointers.data(), kernel.extents.data(), kernel.loops.data(), threads(kernel));
-  variable_list made{y};
-  if (kernel.updates == 0) return {made, both};
-  Tensor news = both.narrow(0, kernel.saved, kernel.updates).clone();
-  for (int64_t i = 0; i < kernel.updates; ++i) {
-    Tensor one = news.select(0, i);
-    made.push_back(one.view(kernel.kept.sizes).permute(kernel.kept.places));
-  }
-  return {made, both.narrow(0, 0, kernel.saved)};
+  if (!std::is_sorted(kernel.kept.places.begin(), kernel.kept.places.end()))
+    for (int64_t i = 1; i <= kernel.updates; ++i) made[i] = made[i].permute(kernel.kept.places);
+  return {made, moments};
 }
 
 // Gradients that can be differentiated again, by the formula from torch's operations.
@@ -170,6 +169,7 @@ struct Norm : torch::autograd::Function<Norm> {
     }
     context->save_for_backward(std::move(saved));
     context->saved_data["kernel"] = c10::IValue::make_capsule(kernel);
+    context->set_materialize_grads(false);
     if (made.size() > 1) context->mark_non_differentiable(variable_list(made.begin() + 1, made.end()));
     return made;
   }

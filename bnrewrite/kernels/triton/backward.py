@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import sympy
 
 from ..generated.program import Program
+from .activations import differentiated
 from .formulas import of_elements
 from .forward import PARTS, part_indices
 from .source import Tiled, indented
@@ -185,7 +186,7 @@ def _read(tiled: Tiled, *, residual: bool = True) -> list[str]:
         else:
             scale, shift = tiled.affine()
             lines.append(f"made = ({scale}) * u" + (f" + ({shift})" if shift else ""))
-        lines.append(f"d = {tiled.masked('made')}")
+        lines += differentiated(program.activation, tiled.single)
     if program.residual and residual:
         lines.append("tl.store(dresidual + at, d, mask=inside)")
     return lines

@@ -18,7 +18,7 @@ from ..generated.program import Larger, M, Ms, Program, Root, V, Vs
 LONGEST = 8  # the largest whole power that is written as a product
 
 
-class _Formulas(PythonCodePrinter):  # type: ignore[misc]
+class FormulaPrinter(PythonCodePrinter):  # type: ignore[misc]
     """Sums and products; each kind of value adds what else it may contain."""
 
     def _print_Integer(self, expr: Any) -> str:
@@ -57,7 +57,7 @@ class _Formulas(PythonCodePrinter):  # type: ignore[misc]
         return f"(1.0 / ({base}))"
 
 
-class _Single(_Formulas):
+class _Single(FormulaPrinter):
     """Values of a group in single precision; Triton's own root and quotient are approximate."""
 
     def _root(self, base: str) -> str:
@@ -103,7 +103,7 @@ def of_elements(value: sympy.Expr) -> str:
     Raises:
         Unprintable: there is more in it.
     """
-    return str(_Formulas().doprint(value))
+    return str(FormulaPrinter().doprint(value))
 
 
 def of_groups(

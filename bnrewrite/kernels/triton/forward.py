@@ -23,6 +23,7 @@ variances", 1979, equation 2.1, for more than two samples.
 from __future__ import annotations
 
 from ..generated.program import Program
+from .activations import activated
 from .source import Tiled, indented
 
 
@@ -215,4 +216,5 @@ def _written(tiled: Tiled) -> list[str]:
     lines = [f"made = {made}"]
     if tiled.program.residual:
         lines.append(f"made += tl.load(residual + at, mask=inside, other=0.0).to({tiled.acc})")
-    return [*lines, f"tl.store(y + at, {tiled.activated('made')}, mask=inside)"]
+    result = activated(tiled.program.activation, tiled.single)
+    return [*lines, *result, "tl.store(y + at, result, mask=inside)"]

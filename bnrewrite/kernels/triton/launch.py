@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import wrap_triton
 
-from ..generated.check import check_program
+from ..generated.check import check_program, may_follow_residual
 from ..generated.layout import arrange
 from ..generated.program import parse
 from ..generated.record import PLAIN
@@ -109,6 +109,8 @@ def _launch_of(
         return None
     if check_program(text) is not None:
         return None
+    if program.residual and program.activation and not may_follow_residual(program.activation):
+        return None  # its slope is that of the sum, which is not kept
     sizes = program.axis_sizes(shape)
     if len(shapes) != len(program.tensors) + program.residual:
         return None

@@ -22,11 +22,9 @@ import sympy
 
 from ..generated.gradients import Gradients, gradients
 from ..generated.layout import Layout
-from ..generated.printing import Source, Unprintable
+from ..generated.printing import Source
 from ..generated.program import M, Ms, Program, Term, V, Vs, parse
 from .formulas import of_elements, of_groups, wants_double
-
-ACTIVATIONS = ("", "relu", "relu6")
 
 
 @dataclass(frozen=True)
@@ -302,29 +300,6 @@ class Tiled:
     def has_centre(self) -> bool:
         """Whether something is subtracted from x first."""
         return bool(self.program.centre != 0)
-
-    def activated(self, value: str) -> str:
-        """The activation."""
-        kind = self._activation()
-        if kind == "relu":
-            return f"tl.where({value} < 0.0, 0.0, {value})"
-        if kind == "relu6":
-            return f"tl.where({value} < 0.0, 0.0, tl.where({value} > 6.0, 6.0, {value}))"
-        return value
-
-    def masked(self, value: str) -> str:
-        """The cotangent behind the activation whose argument is a value."""
-        kind = self._activation()
-        if kind == "relu":
-            return f"tl.where({value} <= 0.0, 0.0, d)"
-        if kind == "relu6":
-            return f"tl.where(({value} <= 0.0) | ({value} >= 6.0), 0.0, d)"
-        return "d"
-
-    def _activation(self) -> str:
-        if self.program.activation not in ACTIVATIONS:
-            raise Unprintable(f"no kernel for Triton has the activation {self.program.activation}")
-        return self.program.activation
 
 
 def indented(lines: Sequence[str], depth: int = 1) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..generated.activations import activation
 from .source import Tiled
 
 FORWARD, BACKWARD = 16384, 8192  # elements of a tile of whole groups
@@ -80,6 +81,9 @@ def tile(
         )
     }  # fmt: skip
     narrow = 2 if tiled.single == "float64" else 1
+    behind = activation(tiled.program.activation)
+    if backward and behind is not None and behind.formula is not None:
+        narrow *= 2  # its slope takes registers
     limit = (BACKWARD if backward else FORWARD) // narrow
     cells, elements = power(count["cells"], 2 * limit), power(count["elements"], 2 * limit)
     across = _across(tiled, others, lengths, itemsize)

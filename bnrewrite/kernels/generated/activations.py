@@ -1,0 +1,93 @@
+"""Activations behind a norm, as formulas of z; their derivatives are taken by sympy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Z = sympy.Symbol("z", real=True)
+
+
+class Logistic(sympy.Function):  # type: ignore[misc]
+    """``1 / (1 + exp(-z))``."""
+
+    def fdiff(self, argindex: int = 1) -> Any:
+        """Of its own, as ``1 - Logistic(z)`` has no digits where z is large."""
+        return LogisticSlope(self.args[0])
+
+
+class LogisticSlope(sympy.Function):  # type: ignore[misc]
+    """``Logistic(z) Logistic(-z)``."""
+
+
+class Normal(sympy.Function):  # type: ignore[misc]
+    """The distribution function of the normal distribution, ``(1 + erf(z / sqrt(2))) / 2``."""
+
+    def fdiff(self, argindex: int = 1) -> Any:
+        """The density."""
+        return sympy.exp(-(self.args[0] ** 2) / 2) * sympy.Float(1 / math.sqrt(2 * math.pi))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What a kernel computes of z, the norm with its residual.
+
+    Attributes:
+        torch: the same by torch.
+        formula: of z; None where it is made of pieces.
+        pieces: the result for a number ``made``, and the cotangent for that of the result,
+            ``given``, in C++.
+        of_result: the pieces of the cotangent are the same for a result as for its ``made``.
+    """
+
+    torch: Callable[[Tensor], Tensor]
+    formula: sympy.Expr | None = None
+    pieces: tuple[str, str] = ("", "")
+    of_result: bool = False
+
+
+_CUBE = sympy.Float(2 * math.sqrt(2 / math.pi)) * (Z + sympy.Float(0.044715) * Z**3)
+_ACTIVATIONS = {
+    "relu": Activation(
+        functional.relu,
+        pieces=("made < acc(0) ? V{} : made", "made <= acc(0) ? V{} : given"),
+        of_result=True,
+    ),
+    "relu6": Activation(
+        functional.relu6,
+        pieces=(
+            "made < acc(0) ? V{} : made > acc(6) ? V{} + acc(6) : made",
+            "made <= acc(0) ? V{} : made >= acc(6) ? V{} : given",
+        ),
+        of_result=True,
+    ),
+    "silu": Activation(functional.silu, Z * Logistic(Z)),
+    "gelu": Activation(functional.gelu, Z * Normal(Z)),
+    "gelu_tanh": Activation(partial(functional.gelu, approximate="tanh"), Z * Logistic(_CUBE)),
+    "sigmoid": Activation(torch.sigmoid, Logistic(Z)),
+    "tanh": Activation(torch.tanh, sympy.tanh(Z)),
+}
+
+
+@cache
+def activation(text: str) -> Activation | None:
+    """The activation of a name, or of ``leaky_relu`` and its slope; None for other texts."""
+    name, _, slope = text.partition(" ")
+    if name != "leaky_relu":
+        return _ACTIVATIONS.get(text)
+    return Activation(
+        partial(functional.leaky_relu, negative_slope=float(slope)),
+        pieces=(
+            f"made > acc(0) ? made : made * acc({slope})",
+            f"made > acc(0) ? given : given * acc({slope})",
+        ),
+        of_result=float(slope) > 0,
+    )
