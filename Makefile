@@ -59,6 +59,7 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.onnx_norms
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.rewriter
+	$(BIN)/python -m benchmarks.training_steps
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/output .pytest_cache .mypy_cache .ruff_cache .hypothesis

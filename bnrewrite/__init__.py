@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnrewrite.capture.explain import explain
 from bnrewrite.capture.optimize import optimize
+from bnrewrite.conversion import Conversion, convert
 from bnrewrite.options import BnrewriteWarning
 from bnrewrite.report import Finding, Report, Site, Verification
 from bnrewrite.verification import verify
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BnrewriteWarning",
+    "Conversion",
     "Finding",
     "OnnxExport",
     "Report",
     "Session",
     "Site",
     "Verification",
+    "convert",
     "explain",
     "export_onnx",
     "optimize",

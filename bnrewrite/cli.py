@@ -8,21 +8,25 @@ Exit codes:
     1   `verify`: they do not
     2   the command line is wrong
     3   the model does not load, does not run on the inputs, or cannot be exported
-    130 interrupted
+    130 interrupted; 143 told to end
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 
 from bnrewrite.commands import COMMANDS, Failure
 from bnrewrite.subject import parsed_input
 
-DONE, DIFFERENT, WRONG_USAGE, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, DIFFERENT, WRONG_USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 _EPILOGUE = "exit codes: " + "; ".join(
     (
         "0 done (verify: both compute the same)",
@@ -46,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     errors = Console(stderr=True, highlight=False)
     try:
-        return DONE if COMMANDS[given.command](given, errors) else DIFFERENT
+        with _ended_in_order():
+            return DONE if COMMANDS[given.command](given, errors) else DIFFERENT
     except KeyboardInterrupt:
         errors.print("interrupted", markup=False)
         return INTERRUPTED
@@ -59,6 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = str(error).strip().splitlines()
         _tell(errors, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
         return FAILED
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A process that is told to end removes what it has half written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(errors: Console, message: str) -> None:

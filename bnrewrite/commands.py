@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 import bnrewrite
@@ -23,6 +24,9 @@ from bnrewrite.measuring import Timing, interleaved, saved_bytes
 from bnrewrite.report.verdict import Verification
 from bnrewrite.subject import Failure, Subject, subject, tensors
 from bnrewrite.verification import verify
+
+if TYPE_CHECKING:
+    from bnrewrite.onnx import OnnxExport
 
 __all__ = ["COMMANDS", "Failure"]
 
@@ -78,15 +82,16 @@ def _bench(given: argparse.Namespace, errors: Console) -> bool:
 
 
 def _export(given: argparse.Namespace, errors: Console) -> bool:
-    write: Any = getattr(bnrewrite, "export_onnx", None)
-    if write is None:
-        raise Failure("this version of bnrewrite has no export to ONNX")
     dims = _dims(given.dynamic)
     with _waiting(errors, "exporting"):
         chosen = _subject(given)
+        if dims and isinstance(chosen.model, ExportedProgram):
+            raise Failure(
+                "an exported program has its own sizes: leave --dynamic out", is_usage=True
+            )
         free = dict.fromkeys(dims, torch.export.Dim.AUTO)
-        result = write(
-            chosen.users,
+        result = bnrewrite.export_onnx(
+            chosen.model,
             chosen.inputs,
             given.output,
             dynamic_shapes=tuple(free if isinstance(x, Tensor) else None for x in chosen.inputs)
@@ -96,12 +101,7 @@ def _export(given: argparse.Namespace, errors: Console) -> bool:
             target=given.target,
             verify=not given.no_verify,
         )
-    if not given.json:
-        print(result)
-    elif hasattr(result, "to_json"):
-        print(result.to_json())
-    else:
-        print(json.dumps({"schema": "bnrewrite.export", "version": _VERSION, "path": given.output}))
+    print(_export_json(result) if given.json else result.to_text(_width()))
     return True
 
 
@@ -216,6 +216,26 @@ def _bench_json(chosen: Subject, timings: dict[str, Timing], saved: dict[str, in
     )
 
 
+def _export_json(result: OnnxExport) -> str:
+    return json.dumps(
+        {
+            "schema": "bnrewrite.export",
+            "version": _VERSION,
+            "files": [str(each) for each in result.files],
+            "target": result.target,
+            "opset": result.opset,
+            "inputs": [str(each) for each in result.inputs],
+            "outputs": [str(each) for each in result.outputs],
+            "rewritten": len(result.report.rewritten),
+            "left": [each.reason for each in result.report.refusals],
+            "operators": result.operators,
+            "placement": result.placement,
+            "checks": {name: _checks(each) for name, each in result.verifications.items()},
+            "notes": list(result.notes),
+        }
+    )
+
+
 def _verification_json(result: Verification) -> str:
     return json.dumps(
         {
@@ -223,8 +243,12 @@ def _verification_json(result: Verification) -> str:
             "version": _VERSION,
             "ok": result.ok,
             "steps": result.steps,
-            "checks": [{**asdict(each), "ok": each.ok} for each in result.checks],
+            "checks": _checks(result),
             "violations": list(result.violations),
             "notes": list(result.notes),
         }
     )
+
+
+def _checks(result: Verification) -> list[dict[str, Any]]:
+    return [{**asdict(each), "ok": each.ok} for each in result.checks]

@@ -37,11 +37,16 @@ class Options:
             operators alone; "generated" for kernels printed from the formula wherever it has one
             (on a GPU only then: they have not been measured there);
             "composite" for moments and a multiply-add alone.
+        sync_stats: the name of the process group over which statistics of the batch are
+            synchronised, "" for all processes, None for none.
         stage: what runs the rewritten graph.
+        diagnose: name the pathologies of the graph's norms and statistics, as `explain` does.
     """
 
     strict: bool = False
     disable: frozenset[str] = frozenset()
     only: frozenset[str | int] | None = None
     kernels: str = "auto"
+    sync_stats: str | None = None
     stage: Stage = "eager"
+    diagnose: bool = False

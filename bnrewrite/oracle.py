@@ -113,7 +113,7 @@ class Widen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _is_random(func, args, named):
             return self._draw(func, args, named)
         if func is torch.ops.aten.view.dtype or _is_view(func):
             return func(*args, **named)
@@ -165,7 +165,7 @@ class Jitter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **dict(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags or _is_view(func):
+        if _is_random(func, args, kwargs or {}) or _is_view(func):
             return result
         if func._schema.name.split("::")[-1].rstrip("_") in EXACT_NAMES:
             return result
@@ -214,6 +214,15 @@ def _widened_arguments(
     return positional, {
         name: value if name in written else tree_map(widen, value) for name, value in named.items()
     }
+
+
+def _is_random(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers; attention does so with dropout alone."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False))
+    defaults = {each.name: each.default_value for each in func._schema.arguments}
+    return bool({**defaults, **given, **named}.get("dropout_p", 1.0))
 
 
 def _is_view(func: Any) -> bool:

@@ -21,6 +21,7 @@ from bnrewrite.options import Options
 from bnrewrite.report.site import Site
 
 from .cleanup import Cleanup
+from .diagnose import Diagnose
 from .epilogue import TakeEpilogues
 from .fold import Fold
 from .lower import Lower
@@ -30,6 +31,7 @@ from .rewriting import Pass, Rewriting
 
 PIPELINE: tuple[Pass, ...] = (
     Recognise(),  # the algebra's verdicts; nothing changed yet
+    Diagnose(),  # while the formulas are still the user's; for `explain` alone
     TakeEpilogues(),  # before Plan: it says what a kernel would have to carry
     Plan(),  # the last decision: what each site becomes, or why it stays
     Lower(),  # writes what was planned

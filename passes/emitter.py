@@ -12,7 +12,7 @@ from torch import fx
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Dims, axes_of
-from bnrewrite.algebra.calls import dtype_of, narrows
+from bnrewrite.algebra.calls import dtype_of, is_tensor, narrows
 from bnrewrite.algebra.expression import (
     MAXIMA,
     ZERO,
@@ -63,6 +63,7 @@ class Emitter(Nodes):
     Attributes:
         given: nodes for bases, written when they are needed.
         variances: nodes for V of moments, likewise.
+        copies: the graph runs as it is written: a backward has to find stored values unchanged.
         units: nodes of which bases are multiples or powers.
     """
 
@@ -83,6 +84,7 @@ class Emitter(Nodes):
         self.given: dict[int, Callable[[], Value]] = {}
         self.variances: list[tuple[Moments, Callable[[], Value]]] = []
         self.units: dict[int, Unit] = {}
+        self.copies = False
         self._written: dict[Any, Value] = {}
 
     def tensor(self, polynomial: Polynomial) -> Value:
@@ -142,19 +144,8 @@ class Emitter(Nodes):
 
     def _has_mean(self, polynomial: Polynomial) -> bool:
         """Whether E[x] is inside: then V is too, and ``var_mean`` gives both in one go."""
-        todo, seen = list(polynomial.bases()), set()
-        means = [next(iter(m.mean.bases())) for m, _ in self.variances]
-        while todo:
-            base_id = todo.pop()
-            if base_id in means:
-                return True
-            seen.add(base_id)
-            base = self.ring.bases[base_id]
-            if isinstance(base, Sum):
-                todo += base.polynomial.bases() - seen
-            elif isinstance(base, Function):
-                todo += {b for a in base.arguments for b in a.bases()} - seen
-        return False
+        means = {next(iter(m.mean.bases())) for m, _ in self.variances}
+        return any(base.id in means for base in self.ring.within(polynomial))
 
     def _sum(self, polynomial: Polynomial) -> Value:
         for moments, variance in self.variances:
@@ -243,6 +234,8 @@ class Emitter(Nodes):
         for base_id, exponent in sorted(monomial, key=lambda item: item[1] < 0):
             base = self.ring.bases[base_id]
             node, factor, power = self._measured(base)
+            if self.copies and len(monomial) > 1 and self._may_change(base, monomial):
+                node = self.call(aten.clone.default, node)
             if exponent < 0 and not holds_tensor(node) and self._may_raise(base, exponent, result):
                 raise Unwritable("it divides by a size that may be zero")
             exponent *= power
@@ -253,6 +246,18 @@ class Emitter(Nodes):
             else:
                 result = self.times(result, self.power(node, exponent))
         return self.times(result, coefficient)
+
+    def _may_change(self, base: Base, monomial: Monomial) -> bool:
+        """Whether a product would save a stored tensor that the user's code writes to later."""
+        differentiable, product = self.ring.differentiable, Polynomial({monomial: 1})
+        return (
+            isinstance(base, Atom)
+            and isinstance(base.source, fx.Node)
+            and base.source.op == "placeholder"
+            and is_tensor(base.source)
+            and not differentiable(base.source)
+            and any(differentiable(source) for source in self.ring.raw(product))
+        )
 
     def _may_raise(self, base: Base, exponent: Exponent, result: Value) -> bool:
         """Whether Python's division by a size raises where a tensor's gives inf.

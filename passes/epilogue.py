@@ -2,9 +2,9 @@
 
 Before:  z = relu(norm(x)),  z = relu(norm(x) + residual)
 After:   the site has an epilogue, which a kernel computes while it writes the norm.
-Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device, or
-before an activation whose slope the result does not tell; a region of other gradient mode between
-the two.
+Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device; a
+region of other gradient mode between the two; other activations of a sum than ReLU: a backward
+would need its result, which users may write over, as they may not where ReLU keeps it.
 """
 
 from __future__ import annotations

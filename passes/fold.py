@@ -27,14 +27,10 @@ from bnrewrite.report.site import REWRITTEN
 from .joint import Joint
 from .linear_maps import linear_map
 from .nodes import Unwritable, current
-from .rewriting import Rewriting
+from .rewriting import Decision, Rewriting
+from .spell import fewest
 from .stored import Stored
 from .writing import hint
-
-# A float32 number of the weight takes 0.22 ns to compare, one of the result 0.15 ns to transform
-# (one core, docs/decisions/0015-fold.md); comparing four vectors takes as long as 30,000 of these.
-SMALLEST = 65536  # elements of the result
-TIMES = 8  # as many elements of the result as of the weight
 
 ROOMIER = "more accurate than the source: the result before the affine is rounded to {dtype} there"
 
@@ -47,32 +43,47 @@ class Fold:
 
     def run(self, rewriting: Rewriting) -> None:
         """Change the graph site by site, and the records with it."""
-        reading = rewriting.reading
-        affine = [d for d in rewriting.decisions if d.match.kind == "affine"]
-        if reading is None or any(d.record is None for d in rewriting.decisions) or not affine:
+        decisions = rewriting.decisions
+        affine = [each for each in decisions if each.match.kind == "affine"]
+        if rewriting.reading is None or not (affine or rewriting.natives):
             return
-        stored, live = Stored(rewriting, reading), _live(rewriting.graph)
+        if any(each.record is None for each in decisions):
+            return  # they were not lowered
+        stored, live = Stored(rewriting, rewriting.reading), _live(rewriting.graph)
         for decision in affine:
-            found = linear_map(decision.match.linear.source)
             assert decision.record is not None
-            if found is None or decision.record.status != REWRITTEN:
-                continue
-            try:
-                joint = Joint(rewriting, reading, decision.match, found, stored)
-                _check(joint)
-                if rewriting.constants is None:
-                    _check_eager(joint)
-                joint.write(_between(joint, live), _fewest(joint))
-            except (Unfoldable, Unwritable, Opaque) as refusal:
-                note = f"not folded into the {name_of(found.node)} before it: {refusal}"
-                decision.notes.append(note)
-            else:
-                decision.lowering = "fold"
-                if _is_half(found.node):
-                    decision.notes.append(_roomier(found.node))
-            decision.record = replace(
-                decision.record, lowering=decision.lowering, notes=tuple(decision.notes)
-            )
+            if decision.record.status == REWRITTEN:
+                _fold(rewriting, decision, stored, live)
+        for found in rewriting.natives:
+            native = Decision(found)
+            native.record = rewriting.describe(native)
+            _fold(rewriting, native, stored, live)
+            if native.lowering == "fold":  # else it stays, and is no site
+                decisions.append(native)
+
+
+def _fold(rewriting: Rewriting, decision: Decision, stored: Stored, live: set[fx.Node]) -> None:
+    """Fold a norm into the linear map before it, or note why not, where there is one."""
+    assert rewriting.reading is not None
+    assert decision.record is not None
+    found = linear_map(decision.match.linear.source)
+    if found is None:
+        return
+    try:
+        joint = Joint(rewriting, rewriting.reading, decision.match, found, stored)
+        _check(joint)
+        if rewriting.constants is None:
+            _check_eager(joint)
+        joint.write(_between(joint, live), fewest(joint.linear.weight))
+    except (Unfoldable, Unwritable, Opaque) as refusal:
+        decision.notes.append(f"not folded into the {name_of(found.node)} before it: {refusal}")
+    else:
+        decision.lowering = "fold"
+        if _is_half(found.node):
+            decision.notes.append(_roomier(found.node))
+    decision.record = replace(
+        decision.record, lowering=decision.lowering, notes=tuple(decision.notes)
+    )
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
@@ -132,16 +143,11 @@ def _check_eager(joint: Joint) -> None:
     device = joint.linear.weight.meta["val"].device.type
     if device != "cpu":
         raise Unfoldable(f"looking at its weight would wait for the {device} device")
-    if elements(node) < _fewest(joint):
+    if elements(node) < fewest(joint.linear.weight):
         raise Unfoldable(
             f"comparing its weight of {elements(joint.linear.weight)} elements costs more than it "
             f"saves on {elements(node)}"
         )
-
-
-def _fewest(joint: Joint) -> int:
-    """The elements of a result from which on looking at the stored tensors pays."""
-    return int(max(SMALLEST, TIMES * elements(joint.linear.weight)))
 
 
 def _between(joint: Joint, live: set[fx.Node]) -> set[fx.Node]:

@@ -159,8 +159,9 @@ class _Text:
         """Names of E[x] and E[x^2], and V with and without a gradient."""
         moments, stop = self.match.moments, self.ring.stop
         mean, square = moments.mean, moments.square
-        used = self._reductions([self.match.linear.scale, self.centre, self.shift,
-                                 *(u.value for u in self.updates)])  # fmt: skip
+        updates = (update.value for update in self.updates)
+        inside = self.ring.within(self.match.linear.scale, self.centre, self.shift, *updates)
+        used = {base.id for base in inside if isinstance(base, Reduction)}
         means = [_base(p) for p in (mean, stop(mean))]
         special: dict[int, str] = {}
         variances = []
@@ -175,23 +176,6 @@ class _Text:
         if used - special.keys():
             raise Unwritable("another statistic than the mean and the variance")
         return special, variances[::-1], about_zero
-
-    def _reductions(self, values: list[Polynomial]) -> set[int]:
-        found: set[int] = set()
-        todo, seen = [b for value in values for b in value.bases()], set()
-        while todo:
-            base_id = todo.pop()
-            if base_id in seen:
-                continue
-            seen.add(base_id)
-            base = self.ring.bases[base_id]
-            if isinstance(base, Reduction):
-                found.add(base_id)
-            elif isinstance(base, Sum):
-                todo += base.polynomial.bases()
-            elif isinstance(base, Function):
-                todo += [b for a in base.arguments for b in a.bases()]
-        return found
 
     def sum(self, polynomial: Polynomial) -> str:
         """A polynomial as a text."""

@@ -26,6 +26,14 @@ from .native import layout_of, write_native
 from .nodes import Sizes, Unwritable
 from .rewriting import Decision, Refusal, Rewriting
 from .state import BatchState, Update, updates_of, write_updates
+from .synchronise import (
+    UNSYNCHRONISED,
+    SynchronisedWriting,
+    check_updates,
+    group_of,
+    note_leftovers,
+    reductions_of,
+)
 from .writing import Writing
 
 
@@ -40,12 +48,16 @@ class Lower:
         if not rewriting.decisions:
             return
         statistics = _Statistics(rewriting)
-        for decision in rewriting.decisions:
+        synchronised: dict[int, list[fx.Node]] = {}
+        for number, decision in enumerate(rewriting.decisions):
             if decision.refusal is None and decision.lowering is None:
                 continue  # nothing was planned for it
             if decision.refusal is None:
                 _lower(rewriting, decision, statistics.before(decision.match.node))
             decision.record = rewriting.describe(decision)
+            if decision.lowering == "synchronised":
+                synchronised[number] = reductions_of(statistics.reading, decision)
+        note_leftovers(rewriting, synchronised)
 
 
 class _Statistics:
@@ -131,7 +143,10 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
     try:
         replacement = _written(rewriting, decision, statistics, state)
     except (Unwritable, Opaque) as refusal:
-        decision.refusal = Refusal(str(refusal), found.node)
+        reason = str(refusal)
+        if decision.lowering == "synchronised" and not reason.startswith(UNSYNCHRONISED):
+            reason = f"{UNSYNCHRONISED}: {reason}"
+        decision.refusal = Refusal(reason, found.node)
         return
     except GuardOnDataDependentSymNode:
         reason = "one of its sizes is read out of a tensor, and known only when the graph runs"
@@ -160,19 +175,27 @@ def _written(
         except (Unwritable, Opaque):
             decision.lowering = decision.otherwise
             state.replaced.clear()
-    if decision.lowering == "native":
+    if decision.lowering == "synchronised":
+        check_updates(statistics.made_of.get(found.linear.source, {}), state.updates)
+    elif decision.lowering == "native":
         layout = layout_of(rewriting.reading, found)
         return write_native(_writing(rewriting, found, statistics, layout), state)
-    return _composite(rewriting, found, statistics, state)
+    return _composite(rewriting, decision, statistics, state)
 
 
 def _composite(
-    rewriting: Rewriting, found: Match, statistics: _Statistics, state: BatchState
+    rewriting: Rewriting, decision: Decision, statistics: _Statistics, state: BatchState
 ) -> fx.Node:
     """In the tensor's own layout, or split into all its axes where something cuts a dimension."""
+    found, group = decision.match, group_of(rewriting)
     split = tuple((axis,) for axis in axes_of(found.linear.index))
     for layout in (None, split):
-        writing = _writing(rewriting, found, statistics, layout)
+        if decision.lowering == "synchronised" and group:
+            writing: Writing = SynchronisedWriting(
+                rewriting, found, statistics.sizes, group, layout
+            )
+        else:
+            writing = _writing(rewriting, found, statistics, layout)
         try:
             replacement = write_composite(writing)
             _write_state(writing, state)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch.fx.experimental import _config as config
 
 from bnrewrite.algebra.axes import Axis, Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.expression import Exponent, Number
@@ -77,6 +78,10 @@ class Nodes:
                 node.meta["val"] = target(*values, **keywords)
         return node
 
+    def items(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """The results of an operation that has several."""
+        return [self.call(operator.getitem, node, i) for i in range(count)]
+
     def extent(self, size: Size) -> Value:
         """A size as a number or a node."""
         if isinstance(size, int):
@@ -112,7 +117,7 @@ class Nodes:
         if current == shape:
             return node
         symbolic = [s for s in shape if not isinstance(s, int)]
-        if len(symbolic) == 1:
+        if len(symbolic) == 1 and not config.backed_size_oblivious:  # there -1 may become a number
             arguments: list[Any] = [s if isinstance(s, int) else -1 for s in shape]
         else:
             arguments = [self.extent(s) for s in shape]

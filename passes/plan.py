@@ -17,6 +17,7 @@ from .costs import has_fast_kernel, has_fast_norm, may_generate
 from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
+from .synchronise import UNSYNCHRONISED, batch_symbols, group_of, is_of_batch, why_not
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,26 @@ class Plan:
 
     def run(self, rewriting: Rewriting) -> None:
         """Fill in lowerings and refusals."""
+        if not rewriting.decisions:
+            return
+        reading, grouped = rewriting.reading, group_of(rewriting) is not None
+        assert reading is not None
+        batch = batch_symbols(rewriting)
         for number, decision in enumerate(rewriting.decisions):
+            shared = grouped and is_of_batch(reading, decision.match, batch)
             if decision.refusal is not None:
+                if shared:
+                    text = f"{UNSYNCHRONISED}: {decision.refusal.reason}"
+                    decision.refusal = Refusal(text, decision.match.node)
                 continue
             reason = _switched_off(rewriting, decision, number)
+            if shared:
+                reason = f"{UNSYNCHRONISED}: {reason}" if reason else None
+                reason = reason or why_not(reading, decision.match, batch)
+                decision.lowering = decision.otherwise = "synchronised"
             if reason is not None:
                 decision.refusal = Refusal(reason, decision.match.node)
-            else:
+            elif decision.lowering is None:
                 decision.lowering = decision.otherwise = _lowering(rewriting, decision)
                 if _wants_kernel(rewriting, decision.match):
                     cuda = decision.match.linear.source.meta["val"].device.type == "cuda"

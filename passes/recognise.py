@@ -2,7 +2,8 @@
 
 Before:  a canonical graph.
 After:   the same graph; ``rewriting.decisions`` has one entry per site.
-Leaves alone: norms that are native calls already, complex and integer arithmetic.
+Leaves alone: norms that are native calls already, complex and integer arithmetic. Native batch norms
+that may be folded are in ``rewriting.natives``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bnrewrite.algebra import Match, Reading, chain, find, read, remarks
+from bnrewrite.algebra import Match, Reading, chain, find, read, remarks, shares_its_errors
 from bnrewrite.algebra.expression import exact
 
 from .rewriting import Decision, Refusal, Rewriting
+from .spell import spelled
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,15 @@ class Recognise:
     def run(self, rewriting: Rewriting) -> None:
         """Fill ``rewriting.reading`` and ``rewriting.decisions``."""
         _drop_assertions(rewriting.graph)
-        reading = read(rewriting.graph, grad_enabled=rewriting.canonical.grad_enabled)
+        with spelled(rewriting) as natives:
+            reading = read(rewriting.graph, grad_enabled=rewriting.canonical.grad_enabled)
+            sites = find(reading, rewriting.graph)
         rewriting.reading = reading
+        rewriting.natives = [found for found in sites if found.node in natives]
         rewriting.decisions = [
             _decision(reading, found)
-            for found in find(reading, rewriting.graph)
-            if not is_native(reading, found)
+            for found in sites
+            if found.node not in natives and not is_native(reading, found)
         ]
 
 
@@ -41,6 +46,9 @@ def _decision(reading: Reading, found: Match) -> Decision:
     """A site as it is found; what only looks like a norm is refused at once."""
     if found.left:
         return Decision(found, refusal=Refusal(str(found.reason), found.node))
+    if shares_its_errors(reading, found):
+        reason = "it is not centred, and a statistic that would become more accurate is used beside"
+        return Decision(found, refusal=Refusal(reason, found.node))
     return Decision(found, notes=remarks(reading, found))
 
 

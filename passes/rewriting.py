@@ -91,6 +91,7 @@ class Rewriting:
         self.constants = constants
         self.reading: Reading | None = None
         self.decisions: list[Decision] = []
+        self.natives: list[Match] = []  # which become sites if they are folded
         for node, given in zip(self.placeholders(), canonical.inputs, strict=True):
             node.meta["parameter"] = given.kind == "parameter"
             node.meta["stored"] = given.kind in ("buffer", "attribute")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -49,17 +48,13 @@ class Writing:
         self.result_dtype = dtype_of(match.node)
         self.dtype = compute_dtype(reading, match)
         self.emitter = Emitter(reading, match.node, self.layout, self.dtype, reusable, dict(sizes))
+        self.emitter.copies = in_place
         self.emitter.sizes_of(match.linear.source)
         self._moments: dict[bool, tuple[fx.Node, fx.Node]] = {}
         self._square: dict[bool, fx.Node] = {}
         self._written: dict[str, fx.Node] = {}
         self._input: fx.Node | None = None
-        if match.over:
-            self._give(match.moments, stopped=False)
-            stop = reading.ring.stop
-            stopped = Moments(stop(match.moments.mean), stop(match.moments.square))
-            if stopped != match.moments:
-                self._give(stopped, stopped=True)
+        self._give_all()
 
     @property
     def has_fast_norm(self) -> bool:
@@ -114,6 +109,15 @@ class Writing:
             )
         return self._written["squares"]
 
+    def _give_all(self) -> None:
+        """Let the emitter write the moments of the site, with and without a gradient."""
+        moments, stop = self.match.moments, self.reading.ring.stop
+        if self.match.over:
+            self._give(moments, stopped=False)
+            stopped = Moments(stop(moments.mean), stop(moments.square))
+            if stopped != moments:
+                self._give(stopped, stopped=True)
+
     def _give(self, moments: Moments, *, stopped: bool) -> None:
         """Let the emitter write these moments from one ``var_mean``."""
         ((mean, _),) = moments.mean.terms.items()
@@ -146,7 +150,7 @@ class Writing:
             both = self.emitter.call(
                 aten.var_mean.correction, x, self.reduced, correction=0, keepdim=True
             )
-            first, second = (self.emitter.call(operator.getitem, both, i) for i in range(2))
+            first, second = self.emitter.items(both, 2)
             self._moments[stopped] = first, second
         return self._moments[stopped]
 
@@ -171,7 +175,9 @@ class Writing:
     def along(self, dims: Dims) -> Emitter:
         """An emitter for tensors that run along some of the axes only."""
         reusable, sizes = self.emitter.reusable, self.emitter.sizes
-        return Emitter(self.reading, self.match.node, dims, self.dtype, reusable, sizes)
+        emitter = Emitter(self.reading, self.match.node, dims, self.dtype, reusable, sizes)
+        emitter.copies = self.in_place
+        return emitter
 
     def vector(self, value: Polynomial, dims: Dims, neutral: int, dtype: torch.dtype) -> Any:
         """A weight or bias of exactly the shape of ``dims``; None where it is neutral."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 
 from bnrewrite.onnx.check import Checked, check
 from bnrewrite.onnx.export import rewritten
@@ -27,6 +27,17 @@ class Outcome:
     sites: tuple[Site, ...]
     checked: Checked
     path: Path
+
+
+class Formula(nn.Module):
+    """A formula of one tensor."""
+
+    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(x)
 
 
 def exported(

@@ -52,7 +52,7 @@ def test_a_norm_with_statistics_in_a_checkpoint_stays_and_is_found() -> None:
         ("first", "rewritten"),
     ]
     assert "runs it again for the backward" in str(report.sites[1].reason)
-    found = [each.message for each in report.findings if each.code == "two-updates-per-step"]
+    found = [each.message for each in report.findings if each.name == "two-updates-per-step"]
     assert len(found) == 1
     assert found[0].startswith("second.mean: ")
     with torch.no_grad():  # it runs once

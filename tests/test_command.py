@@ -1,6 +1,8 @@
 """The command: what it prints, and with which code it ends."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from door_models import BatchNorm, LayerNorm, Net, images, save, script
 from torch import Tensor, nn
 
 import bnrewrite
-from bnrewrite.cli import DIFFERENT, DONE, FAILED, INTERRUPTED, WRONG_USAGE, main
+from bnrewrite import OnnxExport, Report
+from bnrewrite.cli import DIFFERENT, DONE, FAILED, INTERRUPTED, TERMINATED, WRONG_USAGE, main
 from bnrewrite.subject import Given, Subject, parsed_input
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -120,17 +123,20 @@ def test_a_program_has_one_mode(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def written(model: Any, args: Any, path: str, **options: Any) -> str:
+    def written(model: Any, args: Any, path: str, **options: Any) -> OnnxExport:
         calls.append((type(model), [tuple(each.shape) for each in args], path, options))
-        return "written"
+        return OnnxExport(
+            Path(path), "cpu", 20, (), (), Report(sites=[]), {"bnrewrite": {"Conv": 1}}
+        )
 
     monkeypatch.setattr(bnrewrite, "export_onnx", written, raising=False)
     arguments = ["export", NET, *IMAGES, "--eval", "-o", "net.onnx", "--opset", "20"]
     further = ["--target", "cpu", "--dynamic", "0,2", "--no-verify"]
     assert main([*arguments, *further]) == DONE
-    assert capsys.readouterr().out == "written\n"
+    assert "net.onnx: opset 20 for cpu, 0 norms rewritten" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == DONE
-    assert json.loads(capsys.readouterr().out)["path"] == "net.onnx"
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["files"], printed["operators"]) == (["net.onnx"], {"bnrewrite": {"Conv": 1}})
     free = torch.export.Dim.AUTO
     expected = {
         "opset": 20,
@@ -142,6 +148,24 @@ def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert calls[1][3]["dynamic_shapes"] is None
     assert main([*arguments, "--dynamic", "batch"]) == WRONG_USAGE
     assert "--dynamic is 'batch'; write dimensions" in capsys.readouterr().err
+
+
+class Ending(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return x
+
+
+def test_a_process_that_is_told_to_end_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_text("before")
+    before = signal.getsignal(signal.SIGTERM)
+    path = str(tmp_path / "net.onnx")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", f"{__name__}:Ending", "--input", "2x3", "--eval", "-o", path])
+    assert ended.value.code == TERMINATED
+    assert [each.name for each in tmp_path.iterdir()] == ["net.onnx"]
+    assert (tmp_path / "net.onnx").read_text() == "before"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_inputs_are_written_as_shapes_or_numbers() -> None:

@@ -25,7 +25,7 @@ def test_demo_finds_the_norm(demo: dict[str, Any]) -> None:
     assert site["status"] == "rewritten"
     assert site["module"] == "bn1"
     assert "forum_net.py" in site["source"]
-    assert "buffer-rebound" in {finding["code"] for finding in demo["report"]["findings"]}
+    assert "buffer-rebound" in {finding["name"] for finding in demo["report"]["findings"]}
 
 
 def test_demo_trains_as_well_as_native(demo: dict[str, Any]) -> None:

@@ -274,3 +274,22 @@ def test_a_size_that_becomes_zero() -> None:
     for size in (5, 7, 2):
         x = torch.randn(4, size)
         torch.testing.assert_close(model(x), Formula(formula)(x))
+
+
+def in_two_parts(_: Formula, x: Tensor) -> Tensor:
+    """The deviation is rough, but the same in both parts: their difference is good."""
+    mean = x.mean(1, keepdim=True)
+    deviation = ((x * x).mean(1, keepdim=True) - mean * mean + 0.1).sqrt()
+    y = x / deviation - mean / deviation
+    total = y.abs().sum((0, 1, 2), keepdim=True)
+    return (y - y.mean((0, 1, 2), keepdim=True)) / (total.square() + 0.1).sqrt()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "composite", "generated"])
+def test_errors_that_two_parts_share(kernels: str) -> None:
+    batches = draw(2, 4, 4, mean=30.0)
+
+    def chosen(model: nn.Module) -> Any:
+        return optimize(model, backend="eager", kernels=kernels)
+
+    assert contract_violations(Formula(in_two_parts), chosen, batches) == []

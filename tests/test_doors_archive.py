@@ -115,7 +115,10 @@ def set_keys(model: Any) -> None:
 
 HOSTILE_MODELS = [
     (set_keys, "takes or returns a dictionary with the keys"),
-    (set_target, "calls 'torch.hub.load_state_dict_from_url', which is not allowed"),
+    (
+        set_target,
+        "calls 'torch.hub.load_state_dict_from_url', which is not allowed in a file from elsewhere",
+    ),
     (set_file_operator, r"calls 'torch\.ops\.aten\.from_file\.default', which is not allowed"),
     (set_size, "which is more than arithmetic"),
     (set_name, r"uses \"x=__import__\('os'\)\" as a name"),
@@ -137,7 +140,9 @@ def test_a_hostile_program_is_refused(
 def test_a_hostile_pickle_is_refused(program: Path, tmp_path: Path, record: str) -> None:
     bomb = saved((Bomb(tmp_path / "exploded"),))
     path = altered(program, tmp_path / "hostile.pt2", {record: bomb})
-    with pytest.raises(ArchiveError, match=r"asks for posix\.mkdir; it is not loaded"):
+    with pytest.raises(
+        ArchiveError, match=r": the pickle .* asks for posix\.mkdir; it is not loaded"
+    ):
         bnrewrite.optimize(path)
     assert not (tmp_path / "exploded").exists()
 
@@ -206,7 +211,10 @@ def test_expressions_of_sizes_are_taken(text: str) -> None:
     ],
 )
 def test_other_expressions_are_not(text: str) -> None:
-    with pytest.raises(ArchiveError, match=r"which is (more than arithmetic|no expression)"):
+    sentences = (
+        "has the size .*, which is more than arithmetic|has the size .*, which is no expression"
+    )
+    with pytest.raises(ArchiveError, match=sentences):
         _check_expression("users.pt2", text)
 
 
@@ -260,7 +268,9 @@ def test_a_pickle_in_a_script_is_read_and_not_executed(tmp_path: Path) -> None:
     bomb = pickle.dumps(Bomb(tmp_path / "exploded"), protocol=2)
     for record in ("data.pkl", "constants.pkl"):
         path = altered(users, tmp_path / "hostile.pt", {record: bomb})
-        with pytest.raises(ArchiveError, match="asks for 'posix mkdir' when it is loaded"):
+        with pytest.raises(
+            ArchiveError, match="asks for 'posix mkdir' when it is loaded; not loaded"
+        ):
             bnrewrite.optimize(path, example_inputs=(torch.zeros(2, 6),))
     computed = pickle.dumps(Bomb(tmp_path / "exploded"), protocol=4)
     path = altered(users, tmp_path / "hostile.pt", {"data.pkl": computed})
@@ -292,7 +302,7 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
         with pytest.raises(ArchiveError, match=sentence):
             bnrewrite.optimize(path)
     path = altered(program, tmp_path / "a.pt2", {"models/model.json": b"{"})
-    with pytest.raises(ArchiveError, match="is damaged"):
+    with pytest.raises(ArchiveError, match="is damaged:"):
         bnrewrite.optimize(path)
     path = altered(program, tmp_path / "c.pt2", {"models/model.json": b"[" * 200_000})
     with pytest.raises(ArchiveError, match="is nested too deeply"):
@@ -302,7 +312,7 @@ def test_damaged_files(program: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="is damaged: a list of tensors is none"):
         bnrewrite.optimize(path)
     path = altered(program, tmp_path / "b.pt2", {"models/model.json": b"{}"})
-    with pytest.raises(ArchiveError, match="does not load"):
+    with pytest.raises(ArchiveError, match="does not load:"):
         bnrewrite.optimize(path)
     with pytest.raises(ArchiveError, match=r"is a directory; give the \.pt or \.pt2 file"):
         bnrewrite.optimize(tmp_path)

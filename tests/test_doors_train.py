@@ -263,7 +263,7 @@ def test_explain_in_training_names_the_users_lines() -> None:
     report = bnrewrite.explain(scripted, images())
     assert [(site.kind, site.status) for site in report.sites] == [("batch_norm", "rewritten")]
     assert report.sites[0].source.startswith("door_models.py:")
-    assert {finding.code for finding in report.findings} == {"buffer-rebound"}
+    assert {finding.name for finding in report.findings} == {"buffer-rebound"}
     for name, value in scripted.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bnrewrite import explain, optimize
+from bnrewrite.kernels.generated import call, runtime
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 Ending = Callable[[Tensor, Tensor], Tensor]
@@ -49,11 +50,9 @@ TAKEN: dict[str, Ending] = {
     "relu6": lambda y, _: functional.relu6(y),
     "residual": lambda y, other: torch.relu(y + other),
     "residual first": lambda y, other: torch.relu(other + y),
-    "residual, relu6": lambda y, other: functional.relu6(y + other),
     "residual in place": in_place,
     "leaky": lambda y, _: functional.leaky_relu(y),
     "leaky by a slope": lambda y, _: functional.leaky_relu(y, negative_slope=-0.3),
-    "residual, leaky": lambda y, other: functional.leaky_relu(y + other, 0.2),
     "silu": lambda y, _: functional.silu(y),
     "gelu": lambda y, _: functional.gelu(y),
     "gelu by tanh": lambda y, _: functional.gelu(y, approximate="tanh"),
@@ -65,10 +64,11 @@ LEFT: dict[str, Ending] = {
     "used elsewhere": lambda y, _: torch.relu(y) + y,
     "a sum that is used elsewhere": lambda y, other: torch.relu(y + other) * (y + other),
     "broadcast": lambda y, other: torch.relu(y + other[:1]),
+    "residual, relu6": lambda y, other: functional.relu6(y + other),
     "scaled residual": lambda y, other: torch.relu(torch.add(y, other, alpha=2)),
     "other bounds": lambda y, _: functional.hardtanh(y, 0.0, 5.0),
     "residual, silu": lambda y, other: functional.silu(y + other),
-    "residual, turned": lambda y, other: functional.leaky_relu(y + other, -0.2),
+    "residual, leaky": lambda y, other: functional.leaky_relu(y + other, 0.2),
     "no activation": lambda y, other: y + other,
     "another dtype": lambda y, other: torch.relu(y + other.double()),
 }
@@ -135,3 +135,47 @@ def test_it_can_be_switched_off() -> None:
         copy.deepcopy(users), backend="eager", kernels="generated", disable=["epilogue"]
     )
     assert activations(model, batches[0]) == 1
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("ending", ["relu", "relu6", "residual"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_may_change_before_the_backward(
+    ending: str, twice: bool, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum saves neither of its parts: a residual may be written over, and a bias too."""
+    monkeypatch.setattr(call, "_kernels", {})
+    monkeypatch.setattr(runtime, "_programs", {})
+    if built:
+        runtime.build()
+    else:
+        monkeypatch.setattr(runtime, "add", lambda *_: None)
+    users, ((x, other), *_) = Block(TAKEN[ending]).double(), draw(*[torch.contiguous_format] * 2)
+    found = []
+    for model in (users, forced(copy.deepcopy(users))):
+        leaves = [x.double().requires_grad_(), other.double().requires_grad_()]
+        residual = leaves[1] * 1
+        y = model(leaves[0], residual)
+        with torch.no_grad():
+            residual.neg_()
+            model.bias.neg_()
+        leaves += [model.weight, model.bias]
+        loss = (y * y.detach().cos()).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=twice, allow_unused=True)
+        penalty = first[0].square().sum()
+        found.append([y, *first])
+        if twice:
+            found[-1] += torch.autograd.grad(penalty, leaves[:3:2])
+    torch.testing.assert_close(*found)
+
+
+def test_a_result_that_is_written_over_before_the_backward() -> None:
+    """Behind ReLU6 it may be: its backward reads what it was applied to, not what it made."""
+    users, ((x, other), *_) = Block(LEFT["residual, relu6"]), draw(*[torch.contiguous_format] * 2)
+    found = []
+    for model in (users, forced(copy.deepcopy(users))):
+        leaf = x.clone().requires_grad_()
+        result = model(leaf, other).mul_(2)
+        (result * torch.arange(7)).sum().backward()
+        found.append([result, leaf.grad])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

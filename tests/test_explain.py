@@ -104,7 +104,7 @@ def test_explain_of_an_optimised_model_uses_its_options() -> None:
 def findings(model: nn.Module, *args: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for each in bnrewrite.explain(model, *args).findings:
-        found.setdefault(each.code, []).append(each.message.split(":")[0])
+        found.setdefault(each.name, []).append(each.message.split(":")[0])
         assert each.source.startswith(("hand_written.py:", "test_explain.py:"))
     return found
 
@@ -143,3 +143,16 @@ def test_explain_names_statistics_that_stay_zero() -> None:
         "running_var",
     ]
     assert findings(Unregistered(), images()) == {"statistic-not-a-buffer": ["running_mean"]}
+
+
+def test_what_one_function_is_called_with_says_nothing_of_another() -> None:
+    def mean_square(x: Tensor, eps: float = 1e-3) -> Tensor:
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+
+    def deviation(x: Tensor, eps: float = 1e-12) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+        return x / length.clamp_min(eps)
+
+    assert [site.eps for site in bnrewrite.explain(mean_square, torch.randn(4, 6)).sites] == [1e-3]
+    (site,) = bnrewrite.explain(deviation, torch.randn(5, 8)).sites
+    assert (site.kind, site.eps) == ("lp_normalize", 1e-12)  # and not a number that varies

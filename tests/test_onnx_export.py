@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -242,6 +243,11 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
         bnrewrite.export_onnx(net(), X, tmp_path / "missing" / "m.onnx")
     with pytest.raises(ExportError, match="cannot be written to"):
         bnrewrite.export_onnx(net(), X, Path("/proc/m.onnx"))
+    with pytest.raises(ExportError, match="cannot be written to: File name too long"):
+        bnrewrite.export_onnx(net(), X, tmp_path / ("m" * 300))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExportError, match="pipe is no file; give the name of one, or a new name"):
+        bnrewrite.export_onnx(net(), X, tmp_path / "pipe")
 
 
 def test_an_interrupted_export_leaves_what_was_there(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_checks import exported
+from onnx_checks import Formula, exported
 from onnx_models import ARITHMETIC, NORMS, ChannelNorm
 from torch import Tensor, nn
 from torch.nn import functional
@@ -114,17 +114,6 @@ def test_each_norm_is_its_operation(
     assert len(outcome.checked.verifications) == 3
 
 
-class Formula(nn.Module):
-    """A formula of one tensor."""
-
-    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.formula = formula
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x)
-
-
 def test_half_precision_keeps_its_casts_where_they_are_part_of_the_formula(tmp_path: Path) -> None:
     """Llama's and DeBERTa's norms are the operations as defined; Gemma's scale is in float32."""
     torch.manual_seed(0)
@@ -146,6 +135,16 @@ def test_float64_is_written_out_because_eps_is_a_float32_number(tmp_path: Path) 
     model = nn.Sequential(Layer(True), nn.GroupNorm(5, 5), nn.RMSNorm(FEATURES)).double().eval()
     outcome = exported(model, tmp_path, ROWS.double())
     assert not NORMS & set(outcome.operations)
+
+
+def test_numbers_of_float64_keep_their_digits(tmp_path: Path) -> None:
+    """The correction of the variance is in a weight, which the exporter would round to float32."""
+
+    def with_correction(x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + EPS).sqrt()
+
+    outcome = exported(Formula(with_correction), tmp_path, ROWS.double(), dynamic=({0: "n"},))
+    assert [each.lowering for each in outcome.sites] == ["native"]
 
 
 def own_statistics(x: Tensor) -> Tensor:
@@ -185,6 +184,69 @@ def test_native_batch_norms_are_folded_too(tmp_path: Path) -> None:
     )
     outcome = exported(model.half(), tmp_path, IMAGES.half(), dynamic=({0: "n"},))
     assert outcome.operations == {"BatchNormalization": 2, "ConvTranspose": 1, "Relu": 1}
+
+
+def by_scale_and_shift(norm: ChannelNorm, x: Tensor) -> Tensor:
+    scale = norm.gamma * torch.rsqrt(norm.spread + EPS)
+    return x * scale.view(-1, 1, 1) + (norm.beta - norm.mean * scale).view(-1, 1, 1)
+
+
+def by_product_first(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return norm.beta.view(-1, 1, 1) + norm.gamma.view(-1, 1, 1) * (x - norm.mean.view(-1, 1, 1))
+
+
+def without_shift(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return (x - norm.mean.view(-1, 1, 1)) * torch.rsqrt(norm.spread + EPS).view(-1, 1, 1)
+
+
+def other_way_round(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return (norm.mean.view(-1, 1, 1) - x) * norm.gamma.view(-1, 1, 1)
+
+
+def used_twice(norm: ChannelNorm, x: Tensor) -> Tensor:
+    y = x * norm.gamma.view(-1, 1, 1)
+    return y + norm.beta.view(-1, 1, 1) + y.relu()
+
+
+def of_rows(norm: ChannelNorm, x: Tensor) -> Tensor:
+    return x * norm.gamma[:, None] + norm.beta[:, None]
+
+
+class Frozen(ChannelNorm):
+    """A formula of stored statistics behind an activation."""
+
+    def __init__(self, formula: Callable[[ChannelNorm, Tensor], Tensor]) -> None:
+        super().__init__(CHANNELS)
+        self.formula = formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.formula(self, x.relu())
+
+
+@pytest.mark.parametrize(
+    ("formula", "dtype", "is_one"),
+    [
+        (ChannelNorm.forward, torch.float16, True),
+        (by_scale_and_shift, torch.float16, True),
+        (by_product_first, torch.float16, True),
+        (without_shift, torch.float16, True),
+        (other_way_round, torch.float16, True),
+        (used_twice, torch.float16, False),
+        (of_rows, torch.float16, False),  # along the height
+        (by_scale_and_shift, torch.bfloat16, False),  # for which no provider has a kernel
+    ],
+)
+def test_stored_statistics_in_half_precision_are_one_operation(
+    formula: Callable[[ChannelNorm, Tensor], Tensor],
+    dtype: torch.dtype,
+    is_one: bool,
+    tmp_path: Path,
+) -> None:
+    x = torch.randn(2, CHANNELS, CHANNELS, 3).to(dtype)
+    outcome = exported(Frozen(formula).to(dtype), tmp_path, x, dynamic=({0: "n"},), target="cuda")
+    found = {"Relu": 1, "BatchNormalization": 1}
+    assert (outcome.operations == found) == is_one
+    assert is_one or "BatchNormalization" not in outcome.operations
 
 
 def test_large_stored_means_are_subtracted_first(tmp_path: Path) -> None:

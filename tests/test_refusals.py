@@ -31,6 +31,12 @@ def cancelling(x: Tensor) -> Tensor:
     return (x - mean) / torch.sqrt((x * x).mean(-1, keepdim=True) - mean**2 + 1e-5)
 
 
+def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(-1, keepdim=True)
+    deviation = torch.sqrt((x * x).mean(-1, keepdim=True) - mean**2 + 0.1)
+    return x / deviation, mean / deviation
+
+
 def over_both_axes(x: Tensor) -> Tensor:
     variance = x.var(0, keepdim=True) + x.var(1, keepdim=True)
     return (x - x.mean(0, keepdim=True)) / torch.sqrt(variance + 1e-5)
@@ -61,6 +67,11 @@ def eps_after_the_root(x: Tensor) -> Tensor:
             "E[x^2] - E[x]^2 cancels there",
         ),
         (over_both_axes, {}, "its coefficients are as large as the tensor"),
+        (
+            apart,
+            {},
+            "it is not centred, and a statistic that would become more accurate is used beside",
+        ),
     ],
 )
 def test_a_switch_or_a_shape_leaves_a_site(

@@ -99,7 +99,7 @@ def test_table_shows_every_field(report: Report) -> None:
     for shown in (
         "batch_norm", "bn1", "net.py:12", "0, 2, 3", "1e-05", "native", "rewritten", "left",
         "(x(n, c, h, w) - M(c))*bn1.weight(c)/sqrt(V(c)", "(root)", "<batch>", "[0, 2, 3]",
-        "updates bn1.running_mean", "buffer-rebound", "self.buffer.copy_(value.detach())",
+        "updates bn1.running_mean", "BNR001 buffer-rebound", "self.buffer.copy_(value.detach())",
         "autograd.Function", "its backward is <yours>", "net.py:40",
     ):  # fmt: skip
         assert shown in text, shown
@@ -123,7 +123,7 @@ def test_too_narrow_a_table_is_refused(report: Report) -> None:
 
 def test_json_has_a_stable_form(report: Report) -> None:
     record = json.loads(report.to_json())
-    assert (record["schema"], record["version"]) == ("bnrewrite.report", 1)
+    assert (record["schema"], record["version"]) == ("bnrewrite.report", 2)
     assert list(record)[:3] == ["schema", "version", "totals"]
     assert list(record)[3:] == ["sites", "findings", "kept", "graph_texts"]
     assert record["sites"][0] == {
@@ -140,7 +140,14 @@ def test_json_has_a_stable_form(report: Report) -> None:
         "notes": [],
         "state": ["bn1.running_mean", "bn1.running_var"],
     }
-    assert record["findings"][0]["code"] == "buffer-rebound"
+    assert record["findings"] == [
+        {
+            "code": "BNR001",
+            "message": report.findings[0].message,
+            "source": "net.py:12",
+            "name": "buffer-rebound",
+        }
+    ]
     assert record["graph_texts"] == [{"before": "a < b", "after": "c & d"}]
     assert record["kept"] == [
         {"what": "autograd.Function", "reason": "its backward is <yours>", "source": "net.py:40"}
@@ -212,8 +219,10 @@ def test_a_site_that_is_left_says_why() -> None:
 
 
 def test_every_pathology_names_cause_and_fix() -> None:
-    for code, known in PATHOLOGIES.items():
-        found = pathology(code, "net.py:3")
-        assert found == Finding(code, f"{known.cause}; {known.fix}", "net.py:3")
+    for name, known in PATHOLOGIES.items():
+        found = pathology(name, "net.py:3")
+        assert found == Finding(known.code, f"{known.cause}; {known.fix}", "net.py:3", name)
+    codes = [known.code for known in PATHOLOGIES.values()]
+    assert codes == [f"BNR{i:03d}" for i in range(1, len(codes) + 1)]
     with pytest.raises(KeyError):
         pathology("unheard-of", "net.py:3")

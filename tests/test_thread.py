@@ -28,7 +28,7 @@ def inputs(*shape: int, count: int = 4) -> list[Tensor]:
 
 
 def codes(report: Report) -> set[str]:
-    return {finding.code for finding in report.findings}
+    return {finding.name for finding in report.findings}
 
 
 class ForumBatchNorm(nn.Module):

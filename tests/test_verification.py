@@ -201,6 +201,23 @@ def test_dropout_draws_the_same_in_every_run() -> None:
     assert found["output"].user < 1e-5  # other masks would differ by more than a rounding
 
 
+def test_attention_without_dropout_is_no_random_number() -> None:
+    """Else its float64 run is in the user's dtype, and the user's own error seems to be zero."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        result = verify(model, copy.deepcopy(model), x, x, x, steps=1)
+    assert result.ok
+    assert 0 < result["output[0]"].user < 1e-5
+
+    def attention(x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+    result = verify(attention, lambda x: attention(x), x, steps=1)
+    assert result.ok
+    assert 0 < result["output"].user < result["output"].bound
+
+
 def test_float64_is_not_narrowed_by_the_code() -> None:
     def widening(x: Tensor) -> Tensor:
         z = x.float()

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from .calls import arguments_of, dtype_of, is_tensor, name_of
-from .expression import ONE, Monomial, Polynomial, Reduction, added, scaled
+from .expression import ONE, ZERO, Monomial, Polynomial, Reduction, added, scaled
 from .match import Match
 from .meaning import Reading
 from .ring import Ring
@@ -21,15 +21,42 @@ def remarks(reading: Reading, found: Match) -> list[str]:
     """What the replacement of a site computes more accurately than the user's code."""
     result = []
     nodes = chain(reading, found)
-    if any(_cancels(reading, node) for node in nodes):
+    if any(cancels(reading, node) for node in nodes):
         result.append(CANCELS)
     rounding = [n for n in nodes if n in reading.narrowed]
     if rounding:
         result.append(ROUNDS.format(dtype=_name(dtype_of(rounding[0]))))
-    narrow = [n for n in nodes if _squares_in_half(n)]
+    narrow = [n for n in nodes if squares_in_half(n)]
     if narrow:
         result.append(OVERFLOWS.format(dtype=_name(dtype_of(narrow[0]))))
     return result
+
+
+def shares_its_errors(reading: Reading, found: Match) -> bool:
+    """Whether what a site divides by is wrong in the user's code, and used beside the site.
+
+    In ``x / s - M / s`` the error of s multiplies what is left of x; in ``x / s' - M / s``, with
+    the better s' of a site, the difference of the two multiplies x. A site that is centred itself
+    multiplies nothing large.
+    """
+    if reading.ring.moments(found.linear.shift):
+        return False
+    nodes = set(chain(reading, found))
+    rough: set[fx.Node] = set()
+    for node in sorted(nodes):
+        if node is found.node or not reading.ring.moments(_value(reading, node)):
+            continue
+        if found.linear.source in reading.ring.raw(_value(reading, node)):
+            continue
+        wrong = node in reading.narrowed or cancels(reading, node)
+        if wrong or not rough.isdisjoint(node.all_input_nodes):
+            rough.add(node)
+    return any(user.op != "output" and user not in nodes for node in rough for user in node.users)
+
+
+def _value(reading: Reading, node: fx.Node) -> Polynomial:
+    meaning = reading.meanings.get(node)
+    return ZERO if meaning is None else meaning.value
 
 
 def centre(reading: Reading, found: Match) -> Polynomial | None:
@@ -79,7 +106,7 @@ def _chain(reading: Reading, linear: Linear) -> list[fx.Node]:
     return result
 
 
-def _cancels(reading: Reading, node: fx.Node) -> bool:
+def cancels(reading: Reading, node: fx.Node) -> bool:
     """Whether E[f^2] and E[f]^2 meet here for the first time, as a difference of numbers."""
     if name_of(node) not in ("sub", "add", "rsub"):
         return False
@@ -115,7 +142,7 @@ def _moment_terms(ring: Ring, value: Polynomial) -> tuple[bool, bool]:
     )
 
 
-def _squares_in_half(node: fx.Node) -> bool:
+def squares_in_half(node: fx.Node) -> bool:
     """Whether a square is taken in float16, where it overflows beyond 256."""
     if not is_tensor(node) or dtype_of(node) != torch.float16:
         return False

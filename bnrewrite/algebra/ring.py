@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
 from .arithmetic import Arithmetic
@@ -27,6 +27,21 @@ Leaf = Callable[[Base], Polynomial | None]
 
 class Ring(Arithmetic):
     """The formulas of one graph: polynomials, their means and maxima, and substitutions."""
+
+    def within(self, *polynomials: Polynomial) -> Iterator[Base]:
+        """The bases of polynomials, and those of sums and functions among them, once each."""
+        todo = [base for polynomial in polynomials for base in polynomial.bases()]
+        seen: set[int] = set()
+        while todo:
+            base = self.bases[todo.pop()]
+            if base.id in seen:
+                continue
+            seen.add(base.id)
+            yield base
+            if isinstance(base, Sum):
+                todo += base.polynomial.bases()
+            elif isinstance(base, Function):
+                todo += [b for argument in base.arguments for b in argument.bases()]
 
     # -- reductions ----------------------------------------------------------------------------
 

@@ -146,25 +146,12 @@ def _linear_in(
 def reduced_axes(ring: Ring, linear: Linear) -> frozenset[Axis] | None:
     """The axes over which the moments of the source in the scale are taken, if they agree."""
     found: set[frozenset[Axis]] = set()
-    for base in _reductions_of(ring, linear.scale, linear.source):
-        if base.axes <= linear.axes:
+    for base in ring.within(linear.scale):
+        if not isinstance(base, Reduction) or not base.axes <= linear.axes:
+            continue
+        if any(ring.bases[b].raw == {linear.source} for b, _ in base.monomial):
             found.add(linear.axes - base.axes)
     return found.pop() if len(found) == 1 else None
-
-
-def _reductions_of(ring: Ring, value: Polynomial, source: fx.Node) -> list[Reduction]:
-    result: list[Reduction] = []
-    todo = list(value.bases())
-    while todo:
-        base = ring.bases[todo.pop()]
-        if isinstance(base, Reduction):
-            if any(ring.bases[b].raw == {source} for b, _ in base.monomial):
-                result.append(base)
-        elif isinstance(base, Sum):
-            todo += base.polynomial.bases()
-        elif isinstance(base, Function):
-            todo += [b for a in base.arguments for b in a.bases()]
-    return result
 
 
 def moments_of(ring: Ring, linear: Linear, over: frozenset[Axis]) -> Moments:

@@ -26,12 +26,13 @@ from bnrewrite.capture.provenance import source_line
 from bnrewrite.capture.rebinding import Rebinding
 from bnrewrite.capture.recomputed import may_be_recomputed, unless_recomputed, users_graph
 from bnrewrite.capture.refusal import sentence
+from bnrewrite.capture.samples import marks_results
 from bnrewrite.capture.scalars import has_captured_scalars
 from bnrewrite.capture.stage import Run, resolve, run_by, stage_of, without_autocast
 from bnrewrite.capture.switches import checked_options
 from bnrewrite.capture.writeback import Around, Update, write_back
 from bnrewrite.options import BnrewriteWarning, Options
-from bnrewrite.report.site import Kept
+from bnrewrite.report.site import LEFT, Kept
 
 _UPDATED_TWICE = (
     "the buffers in it are updated again when it is run for the backward, which a compiler would "
@@ -54,6 +55,7 @@ class Compiler:
         mode: Inductor's mode.
         observe: called with what was found in each graph.
         warned: whether a warning has been given for this model.
+        warned_of_replicas: likewise, of what DataParallel does with statistics.
         numbering: of the sites in a call; without a `begin`, as under `torch.compile`, each graph
             counts from 0.
         scalars_are_inputs: whether numbers read out of tensors were captured, where a graph break
@@ -65,8 +67,16 @@ class Compiler:
     mode: str | None = None
     observe: Callable[[Look], None] | None = None
     warned: bool = False
+    warned_of_replicas: bool = False
     scalars_are_inputs: bool = False
     numbering: Numbering = field(default_factory=Numbering)
+
+    @property
+    def runs_eagerly(self) -> bool:
+        """Whether every graph is known to run in eager mode."""
+        return self.backend == "eager" or (
+            self.backend == "auto" and not torch.accelerator.is_available()
+        )
 
     def __call__(self, users: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         """Compile one Dynamo graph, as Dynamo asks its backends to."""
@@ -75,6 +85,9 @@ class Compiler:
             self.observe(look)
         own = users_graph(look) if may_be_recomputed(look) else None
         run = self._compiled(look, backend, example_inputs)
+        if self.options.sync_stats is not None:
+            self._warn_of_statistics(look)
+            run = marks_results(users, run)
         if own is not None:
             nothing = Around((), ())
             run = unless_recomputed(run, lambda: self._run("eager", own, nothing, example_inputs))
@@ -138,6 +151,34 @@ class Compiler:
                 stacklevel=2,
             )
 
+    def _warn_of_statistics(self, look: Look) -> None:
+        """Say which statistics are not synchronised, though that was asked for."""
+        from bnrewrite.passes.synchronise import ELSEWHERE, UNSYNCHRONISED  # these import capture
+
+        for site in look.sites:
+            reason = str(site.reason)
+            text = ELSEWHERE if ELSEWHERE in site.notes else None
+            if site.status == LEFT and reason.startswith(UNSYNCHRONISED):
+                text = reason
+            elif site.status == LEFT and 0 in site.axes:  # capture took its rewriting back
+                text = f"{UNSYNCHRONISED}: {reason}"
+            if text is not None:
+                warnings.warn(f"{site.source}: {text}", BnrewriteWarning, stacklevel=2)
+
+    def warn_of_replicas(self, replica: Any) -> None:
+        """Say once per model what DataParallel does with the statistics of a training model."""
+        if self.warned_of_replicas or not replica.training:
+            return
+        if next(replica.buffers(), None) is not None:
+            self.warned_of_replicas = True
+            warnings.warn(
+                "DataParallel keeps the running statistics of its first replica and discards those "
+                "of the others, as it does for torch's own norms; DistributedDataParallel with "
+                "optimize(model, sync_stats=True) takes statistics of all samples",
+                BnrewriteWarning,
+                stacklevel=3,
+            )
+
 
 def bnrewrite(
     graph: fx.GraphModule,
@@ -156,6 +197,8 @@ def bnrewrite(
     """
     switches = dict(options or {})
     backend = switches.pop("backend", "inductor")
+    if switches.get("sync_stats"):
+        raise ValueError("sync_stats is an option of optimize(model), which sees the batch's size")
     return Compiler(backend, checked_options(**switches), mode)(graph, example_inputs)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -31,6 +31,9 @@ from bnrewrite.capture.rebinding import Rebinding
 from bnrewrite.capture.refusal import CaptureError, Inexact, Untraceable, sentence
 from bnrewrite.capture.scalars import scalars_allowed
 from bnrewrite.capture.sources import Kind, locate
+
+if TYPE_CHECKING:
+    from bnrewrite.findings import Noticed
 
 _INEXACT = (torch.ops.aten.as_strided_scatter.default, torch.ops.aten.unfold_backward.default)
 
@@ -55,7 +58,7 @@ class Canonical:
     Outputs 0..len(mutated)-1 of `module` are the new values of the placeholders named in
     `mutated`; the remaining outputs are the user's, in Dynamo's order. `rebound` is the subset of
     `mutated` that the user's code rebound (`self.b = ...`) instead of updating in place; a rebound
-    value is no output of the user's any more.
+    value is no output of the user's any more. `noticed` is what a pass found to be wrong with it.
     """
 
     module: fx.GraphModule
@@ -63,6 +66,7 @@ class Canonical:
     mutated: tuple[str, ...]
     rebound: tuple[str, ...]
     grad_enabled: bool
+    noticed: Noticed | None = None
 
 
 def canonicalise(

@@ -17,6 +17,7 @@ from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.types import ConvertFrameReturn
 
 from bnrewrite.capture.backend import Compiler
+from bnrewrite.capture.samples import mark_samples, sizes_without_meaning
 
 _EAGERLY = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 PATIENCE = 3  # failures on the user's operations before a function is no longer tried
@@ -48,6 +49,13 @@ class Tolerant:
         return getattr(self.__dict__["_convert"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
+        if self._compiler.options.sync_stats is not None:
+            with sizes_without_meaning():
+                mark_samples(args[0])
+                return self._tried(args, kwargs)
+        return self._tried(args, kwargs)
+
+    def _tried(self, args: Any, kwargs: Any) -> ConvertFrameReturn:
         try:
             return self._converted(args, kwargs, scalars_are_inputs=True)
         except Exception as first:
@@ -61,10 +69,16 @@ class Tolerant:
             return self._leave(error)
 
     def _converted(self, args: Any, kwargs: Any, scalars_are_inputs: bool) -> ConvertFrameReturn:
-        """Convert a frame; `nn` hooks that are added or removed later are noticed."""
+        """Convert a frame; `nn` hooks that are added or removed later are noticed.
+
+        Dynamo cuts graphs under DDP where a bucket of gradients ends, which may be inside a norm. A
+        graph that runs in eager mode gives its gradients one by one, and stays whole.
+        """
         self._compiler.scalars_are_inputs = scalars_are_inputs
         with torch._dynamo.config.patch(
-            capture_scalar_outputs=scalars_are_inputs, skip_nnmodule_hook_guards=False
+            capture_scalar_outputs=scalars_are_inputs,
+            skip_nnmodule_hook_guards=False,
+            optimize_ddp=torch._dynamo.config.optimize_ddp and not self._compiler.runs_eagerly,
         ):
             converted: ConvertFrameReturn = self._convert(*args, **kwargs)
         return converted

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def explain(model: Callable[..., Any] | Given, *args: Any, **kwargs: Any) -> Rep
         ValueError: a scripted module does not take the arguments; a file is not loaded.
     """
     if is_given(model):
-        found = explain_given(model, args, Options())
+        found = explain_given(model, args, Options(diagnose=True))
         if isinstance(found, Report):
             return found
         model = found
@@ -75,7 +76,7 @@ class _Watcher(Compiler):
     """Looks at each graph and runs the user's own."""
 
     def __init__(self, backend: str, options: Options) -> None:
-        super().__init__(backend, options)
+        super().__init__(backend, replace(options, diagnose=True))
         self.looks: list[Look] = []
 
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from bnrewrite.options import Options
 
 KEY = "_bnrewrite"
 _SLOT = "_compiled_call_impl"
+_CALLS = count()
 
 
 class Hook:
@@ -36,7 +38,7 @@ class Hook:
 
     def __init__(self, backend: str, options: Options, dynamic: bool | None) -> None:
         self.backend, self.options, self.dynamic = backend, options, dynamic
-        compiler = Compiler(backend, options)
+        self.compiler = compiler = Compiler(backend, options)
         self.run = compiled(own_call(), compiler, dynamic)
         if is_numbered(options):
             self.run = _numbered(self.run, compiler.numbering)
@@ -76,6 +78,8 @@ class _BoundCall:
             hook = _restored(module, hook)
         if is_traced():
             return None
+        if getattr(module, "_is_replica", False):
+            hook.compiler.warn_of_replicas(module)
         return types.MethodType(hook.run, module)
 
 
@@ -103,9 +107,13 @@ def _restored(module: Any, plain: dict[str, Any]) -> Hook:
 
 
 def own_call() -> Callable[..., Any]:
-    """A call of a module (or function) as a function of it, with a code object of its own."""
-    code = _call.__code__
-    return types.FunctionType(code.replace(co_name=code.co_name), globals(), _call.__name__)
+    """A call of a module (or function) as a function of it, with a code object of its own.
+
+    And a name of its own: by file, line and name Dynamo remembers which sizes and numbers vary, and
+    would take what differs between two models for what varies in the second.
+    """
+    code = _call.__code__.replace(co_name=f"{_call.__name__}_{next(_CALLS)}")
+    return types.FunctionType(code, globals(), code.co_name)
 
 
 def _call(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -18,6 +18,9 @@ from bnrewrite.capture.refusal import CaptureError, Inexact, Untraceable, senten
 from bnrewrite.capture.stretches import Stretch
 from bnrewrite.options import Options
 from bnrewrite.report.site import LEFT, Kept, Site
+
+if TYPE_CHECKING:
+    from bnrewrite.findings import Noticed
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Look:
         kept: what is called as the user's graph has it.
         parts: the stretches of a graph that has no canonical form as a whole.
         bodies: the graphs that it checkpoints, or that other kept operations hold.
+        noticed: what is wrong with its norms and statistics, where that was asked for.
     """
 
     graph: fx.GraphModule
@@ -51,6 +55,7 @@ class Look:
     kept: tuple[Kept, ...] = ()
     parts: tuple[Part, ...] = ()
     bodies: tuple[Body, ...] = ()
+    noticed: Noticed | None = None
 
     @property
     def failed_at(self) -> fx.Node | None:
@@ -193,7 +198,8 @@ def examine_whole(
             refusal=error if isinstance(error, CaptureError) else None,
             kept=(kept,),
         )
-    return Look(graph, canonical, before, sites, rebindings, attributes, private, None)
+    look = Look(graph, canonical, before, sites, rebindings, attributes, private, None)
+    return replace(look, noticed=canonical.noticed)
 
 
 def left(look: Look, reason: str) -> Look:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, overload
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -31,6 +32,7 @@ def optimize(
     only: Iterable[str | int] | str | int | None = None,
     kernels: str = "auto",
     dynamic: bool | None = None,
+    sync_stats: bool | dist.ProcessGroup | None = False,
 ) -> Any: ...
 
 
@@ -44,6 +46,7 @@ def optimize(
     only: Iterable[str | int] | str | int | None = None,
     kernels: str = "auto",
     dynamic: bool | None = None,
+    sync_stats: bool | dist.ProcessGroup | None = False,
 ) -> Model: ...
 
 
@@ -57,6 +60,7 @@ def optimize(
     only: Iterable[str | int] | str | int | None = None,
     kernels: str = "auto",
     dynamic: bool | None = None,
+    sync_stats: bool | dist.ProcessGroup | None = False,
 ) -> Any:
     """Let a model compute its hand-written norms with the fastest code that gives the same values.
 
@@ -81,16 +85,22 @@ def optimize(
         only: kinds of norm, or numbers of sites, that are rewritten; None for all. Numbers are
             those in the report on the call at which a graph is first used; as an option of
             `torch.compile(backend="bnrewrite")` they count from 0 in each graph.
-        kernels: "auto", or "native" or "composite" for lowerings of that kind alone.
+        kernels: "auto"; "native" for PyTorch's operators alone, "composite" for none of them;
+            "generated" for kernels printed from the formula wherever it has one, at any size.
         dynamic: as in `torch.compile`: None learns from sizes that change.
+        sync_stats: True, or a process group: hand-written norms over the batch take the moments of
+            the samples of all its processes, in forward and backward. Each of these has to call
+            the model equally often.
 
     Raises:
         TypeError: the model is nothing of these; example inputs are missing, or are not wanted.
-        ValueError: a backend, pass, kind or kernel that does not exist; example inputs that do not
-            fit; a file that is damaged or that could run code when it is loaded.
+        ValueError: a backend, pass, kind, kernel or process group that does not exist; example
+            inputs that do not fit; a file that is damaged or that could run code when it is loaded.
     """
     _check_backend(backend)
     if is_given(model):
+        if sync_stats:
+            raise TypeError("sync_stats is for modules and functions, not for what is exported")
         options = checked_options(strict=strict, disable=disable, only=only, kernels=kernels)
         result = optimize_given(model, options, example_inputs)
         if not isinstance(result, Scripted):
@@ -99,7 +109,11 @@ def optimize(
     elif example_inputs is not None:
         raise TypeError("example_inputs are for a scripted module; a module learns from its calls")
     check_model(model, "optimize")
-    options = checked_options(strict=strict, disable=disable, only=only, kernels=kernels)
+    if sync_stats and dynamic is False:
+        raise ValueError("dynamic=False fixes the batch's size, which sync_stats has to see")
+    options = checked_options(
+        strict=strict, disable=disable, only=only, kernels=kernels, sync_stats=sync_stats
+    )
     hook = Hook(backend, options, dynamic)
     if isinstance(model, nn.Module):
         _detach_statistics(model)

@@ -12,7 +12,7 @@ break), nor does the old tensor, and shape, dtype and device stay. Any other sta
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +54,41 @@ def find_rebindings(graph_module: fx.GraphModule) -> tuple[Rebinding, ...]:
         source_name(node): node for node in graph_module.graph.nodes if node.op == "placeholder"
     }
     outputs = outputs_of(graph_module)
-    names = [node.name if isinstance(node, fx.Node) else None for node in outputs]
     found = []
     for store in stores:
-        buffer = by_source.get(store.buffer)
-        if buffer is None or names.count(store.value) != 1:
+        buffer, places = by_source.get(store.buffer), _places(store.node, outputs)
+        if buffer is None or len(places) != 1:
             continue
         if not escaping.isdisjoint((store.value, store.buffer, buffer.name)):
             continue
-        value = outputs[names.index(store.value)]
+        value = outputs[places[0]]
         if _is_replaceable(buffer.meta.get("example_value"), value.meta.get("example_value")):
             history = bool(value.meta["example_value"].requires_grad)
-            found.append(Rebinding(names.index(store.value), buffer.name, history))
+            found.append(Rebinding(places[0], buffer.name, history))
     return tuple(found)
+
+
+def _places(node: fx.Node, outputs: Sequence[Any]) -> list[int]:
+    """The outputs that are a node of Dynamo's graph.
+
+    Under DDP Dynamo may cut its graph into one per bucket of gradients, with nodes of other names
+    and the same fake values. A value that another of these graphs reads too is none of the outputs.
+    """
+    value = node.meta.get("example_value")
+    alike = [
+        i
+        for i, each in enumerate(outputs)
+        if isinstance(each, fx.Node)
+        and value is not None
+        and each.meta.get("example_value") is value
+        and _readers(each) == _readers(node)
+    ]
+    named = [i for i in alike if outputs[i].name == node.name]
+    return named if len(alike) > 1 else alike
+
+
+def _readers(node: fx.Node) -> int:
+    return sum(user.op != "output" for user in node.users)
 
 
 def find_attribute_updates(graph_module: fx.GraphModule) -> tuple[tuple[str, fx.Node], ...]:
@@ -86,6 +108,7 @@ def find_attribute_updates(graph_module: fx.GraphModule) -> tuple[tuple[str, fx.
         logger.debug("Dynamo's side effects could not be read", exc_info=True)
         return ()
     nodes = {node.name: node for node in graph_module.graph.nodes}
+    values = {name: node.meta.get("example_value") for name, node in nodes.items()}
     old = {source_name(node): node for node in nodes.values() if node.op == "placeholder"}
     return tuple(
         (locate(old[source])[1] or source, nodes[value.name])
@@ -93,6 +116,7 @@ def find_attribute_updates(graph_module: fx.GraphModule) -> tuple[tuple[str, fx.
         if source in old
         and value is not None
         and value.name in nodes
+        and values[value.name] is value.meta.get("example_value")  # not of a part of the graph
         and _is_computed_from(nodes[value.name], old[source])
     )
 
@@ -112,8 +136,12 @@ def _is_computed_from(node: fx.Node, origin: fx.Node) -> bool:
 @dataclass(frozen=True)
 class _Store:
     buffer: str  # name of the buffer's source, "L['self']._buffers['running_mean']"
-    value: str  # name of the graph node that is assigned
+    node: fx.Node  # of Dynamo's graph: what is assigned
     registry: Any  # the variable of the `_buffers` dictionary
+
+    @property
+    def value(self) -> str:
+        return self.node.name
 
 
 def _stores() -> Iterator[_Store]:
@@ -127,7 +155,7 @@ def _stores() -> Iterator[_Store]:
             node = _node(value)
             if node is not None and node.op != "placeholder":
                 name = getattr(key, "vt", key).as_python_constant()
-                yield _Store(f"{source}[{name!r}]", node.name, variable)
+                yield _Store(f"{source}[{name!r}]", node, variable)
 
 
 def _escaping(stores: Iterable[_Store]) -> set[str]:

@@ -117,10 +117,9 @@ def write_back(
             _copy(graph, named[update.placeholder], values[update.value])
     _without_gradients(graph, sum(not update.history for update in inside), grad_enabled, output)
     drop_idle_modes(graph, grad_enabled)
-    moved = [update.placeholder for update in outside]
+    moved = {update.placeholder: values[update.value] for update in outside}
     results = [
-        values[each] if isinstance(each, int) else (None if each in moved else named[each])
-        for each in outputs
+        values[each] if isinstance(each, int) else moved.get(each, named[each]) for each in outputs
     ]
     output.args = ((*results, *(values[update.value] for update in outside)),)
     module.recompile()

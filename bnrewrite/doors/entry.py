@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from bnrewrite.capture.diagnosis import noticed_in
 from bnrewrite.capture.look import Look, left
 from bnrewrite.doors.archive import read
 from bnrewrite.doors.module import Scripted, plain_module
@@ -146,6 +147,7 @@ def report_of(looks: Sequence[Look], kept: Sequence[Kept] = ()) -> Report:
     """What was found in the graphs of one model."""
     return Report(
         sites=[site for look in looks for site in look.sites],
+        findings=[finding for each in noticed_in(looks) for finding in each.findings],
         graphs=len(looks),
         graph_texts=[
             (look.before, "" if look.canonical is None else str(look.canonical.module.graph))

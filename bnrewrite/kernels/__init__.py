@@ -19,6 +19,7 @@ from .generated import (
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
+from .synchronised import synchronised_moments
 from .triton import operator_of, why_no_triton
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "norm",
     "norm_with_updates",
     "operator_of",
+    "synchronised_moments",
     "why_no_kernels",
     "why_no_triton",
 ]
@@ -49,5 +51,6 @@ KERNELS: frozenset[Callable[..., Any]] = frozenset(
         layer_norm,
         norm,
         norm_with_updates,
+        synchronised_moments,
     }
 )

@@ -43,6 +43,11 @@ def frozen_batch_norm(
     if mean.dim() != 1 or variance.dim() != 1:
         mean, variance = mean.reshape(-1), variance.reshape(-1)
     if small:
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, weight, bias)
+        ):  # they may change before the backward, and x may be one that nobody can save
+            mean, variance = mean.clone(), variance.clone()
+            x = x.clone() if x.is_inference() else x
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, True)
     shape = (-1,) + (1,) * (x.dim() - 2)
     scale = torch.rsqrt(variance + eps)

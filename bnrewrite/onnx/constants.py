@@ -3,7 +3,8 @@
 Before:  scale = weight * rsqrt(running_var + eps); y = x * scale
 After:   y = x * scale                                  scale: a stored tensor
 Leaves alone: large results of smaller tensors, and views of large tensors, which would be stored
-twice; what is made of numbers alone; random numbers.
+twice; what is made of numbers alone, but for float64, which the exporter rounds to float32 there;
+random numbers.
 
 Operations run in the user's own dtypes, so each constant is bit for bit what the model computes.
 """
@@ -47,7 +48,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
             graph.erase_node(node)
     cones = _Cones(graph)
     for node, value in cones.values().items():
-        target = _free_name(f"{cones.leaf(node).meta['path']}_folded", program, constants)
+        target = _free_name(f"{cones.name(node)}_folded", program, constants)
         constants[target] = value
         added[_placeholder(graph, node, target, value).name] = target
     graph.eliminate_dead_code()
@@ -86,14 +87,14 @@ class _Cones:
             node
             for node in self.leaves
             if node.op == "call_function"
-            and self.leaves[node]
+            and (self.leaves[node] or _is_of_wide_numbers(node))
             and isinstance(node.meta["val"], torch.Tensor)
             and any(user not in self.leaves for user in node.users)
         ]
 
-    def leaf(self, node: fx.Node) -> fx.Node:
-        """The first stored tensor that a node is made of."""
-        return next(iter(self.leaves[node]))
+    def name(self, node: fx.Node) -> str:
+        """That of the first stored tensor that a node is made of."""
+        return next((str(leaf.meta["path"]) for leaf in self.leaves[node]), node.name)
 
     def values(self) -> dict[fx.Node, torch.Tensor]:
         """What the frontier's nodes compute, on the stored tensors."""
@@ -124,6 +125,12 @@ def _is_pure(node: fx.Node) -> bool:
         and not target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
     )
+
+
+def _is_of_wide_numbers(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    is_wide = isinstance(value, torch.Tensor) and value.dtype == torch.float64
+    return is_wide and node.target is torch.ops.aten.full.default
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -13,18 +13,19 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
-from bnrewrite.capture.optimize import unwrapped
+from bnrewrite.doors.entry import Given
 from bnrewrite.options import BnrewriteWarning, Options
 from bnrewrite.passes import rewrite
 from bnrewrite.report.report import Report
 from bnrewrite.report.site import Site
 
 from .absorb import absorb
+from .affine import join_affines
 from .check import Checked, check
 from .constants import fold_constants
 from .kernels import OPSETS, TARGETS
-from .plain import make_plain, spell_out
-from .program import canonical, functional, stored_values, traced
+from .plain import make_plain
+from .program import canonical, functional, opened, stored_values
 from .providers import Place
 from .record import OnnxExport
 from .refusal import ExportError, SessionError, first_line
@@ -37,11 +38,12 @@ from .translate import raw_model, translate
 AFTERWARDS: tuple[Callable[[fx.Graph], None], ...] = (
     make_plain,  # calls that providers are slow at become arithmetic with constants
     absorb,  # before constants are folded: it looks for scales that are stored
+    join_affines,  # the affine of a norm that has taken it is not there any more
 )
 
 
 def export_onnx(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | Given,
     args: Any,
     path: str | PathLike[str],
     *,
@@ -57,20 +59,23 @@ def export_onnx(
     is whole and checked: an error leaves what stood there before.
 
     Args:
-        model: a module in evaluation mode, or a function.
-        args: the positional arguments of an example call, or its only argument.
+        model: a module in evaluation mode, or a function; an exported program, a scripted module,
+            or the `.pt2` or `.pt` file of one.
+        args: the positional arguments of an example call, or its only argument; () for those that
+            an exported program has itself.
         path: of the file; weights of more than 1 GiB go to `<path>.data` beside it.
         kwargs: the keyword arguments of the example call.
         dynamic_shapes: which sizes vary, as `torch.export.export` takes it, such as
-            ``({0: "batch", 2: "height"},)`` or ``{"x": {0: torch.export.Dim("batch")}}``.
+            ``({0: "batch", 2: "height"},)`` or ``{"x": {0: torch.export.Dim("batch")}}``. An
+            exported program has its own.
         opset: 17 to 24; from 23 on an RMS norm is one operation.
         target: the provider that the operations are chosen for: "cuda", "cpu" or "tensorrt".
         verify: run the file against the model in float64, in several sizes, and tell which
             operations it has and where they run.
 
     Raises:
-        TypeError: the model is neither a module nor a function.
-        ValueError: an opset or target that there is not.
+        TypeError: the model is nothing of these; a program is given dynamic shapes.
+        ValueError: an opset or target that there is not; a file that is not loaded.
         ExportError: the model is in training mode, changes its state, or cannot be written; or
             the path cannot.
         MismatchError: the file computes something else than the model.
@@ -79,7 +84,7 @@ def export_onnx(
     place = Path(path)
     given = tuple(args) if isinstance(args, tuple | list) else (args,)
     with staged(place) as written:
-        original = traced(model, given, kwargs or {}, dynamic_shapes)
+        subject, original = opened(model, given, kwargs or {}, dynamic_shapes)
         program, sites, notes = _rewritten_or_not(original)
         translated = translate(program, target, opset, dynamic_shapes)
         save(translated, written)
@@ -95,7 +100,7 @@ def export_onnx(
             external=data_path(written).exists(),
         )
         if verify:
-            checked = check(unwrapped(model), program, translated, written, target)
+            checked = check(subject, program, translated, written, target)
             result = _with_check(result, checked, original, written)
     return result
 
@@ -119,7 +124,6 @@ def rewritten(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Site, ..
     The graph of the program that is given is changed.
     """
     graph = canonical(program)
-    spell_out(program.graph)
     sites = rewrite(graph, Options(stage="export"), stored_values(program))
     for step in AFTERWARDS:
         step(program.graph)

@@ -2,43 +2,24 @@
 
 Before:  x * 1.0; batch_norm of a matrix by stored statistics; batch_norm by its batch's statistics
 After:   x; x * scale + shift; moments and one multiply-add; means that are the same look the same
-Leaves alone: batch_norm of images by stored statistics, which is one operation, unless it stands
-behind a linear map: then it is a formula before the pipeline runs, and folded.
+Leaves alone: batch_norm of images by stored statistics, which is one operation.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from bnrewrite.kernels.frozen import is_small
-from bnrewrite.passes.linear_maps import linear_map
+from bnrewrite.passes.nodes import Nodes
+from bnrewrite.passes.spell import BATCH_NORMS, BatchNorm, batch_norm_of
 
 aten = torch.ops.aten
 NEUTRAL = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-BATCH_NORMS = (
-    aten.batch_norm.default,
-    aten._native_batch_norm_legit_no_training.default,
-    aten._native_batch_norm_legit.no_stats,
-)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A batch norm: mean and variance are None where they are those of the batch."""
-
-    x: fx.Node
-    weight: fx.Node | None
-    bias: fx.Node | None
-    mean: fx.Node | None
-    variance: fx.Node | None
-    eps: float
 
 
 def make_plain(graph: fx.Graph) -> None:
@@ -54,36 +35,6 @@ def make_plain(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def spell_out(graph: fx.Graph) -> None:
-    """Native batch norms behind a linear map as formulas, which the pipeline folds into it."""
-    for node in list(graph.nodes):
-        if node.target in BATCH_NORMS and _may_be_folded(_call(node)):
-            _replace(node, _formula(_Writing(node), _call(node)))
-    graph.eliminate_dead_code()
-
-
-def _may_be_folded(call: _Call) -> bool:
-    if call.mean is None or len(call.x.users) > 1 or linear_map(call.x) is None:
-        return False
-    return _is_stored(call) and _dtypes(call) == {call.x.meta["val"].dtype}
-
-
-def _formula(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
-    """(x - mean) (variance + eps)^(-1/2) weight + bias."""
-    rank = call.x.meta["val"].dim()
-    y = writing(aten.sub.Tensor, call.x, _along(writing, call.mean, rank))
-    spread = writing(aten.add.Scalar, _along(writing, call.variance, rank), call.eps)
-    y = writing(aten.mul.Tensor, y, writing(aten.rsqrt.default, spread))
-    if call.weight is not None:
-        y = writing(aten.mul.Tensor, y, _along(writing, call.weight, rank))
-    return y if call.bias is None else writing(aten.add.Tensor, y, _along(writing, call.bias, rank))
-
-
-def _dtypes(call: _Call) -> set[torch.dtype]:
-    given = (call.weight, call.bias, call.mean, call.variance)
-    return {each.meta["val"].dtype for each in given if each is not None}
-
-
 def _is_neutral(node: fx.Node) -> bool:
     """Whether a product or quotient with 1 changes neither dtype nor shape: then no value."""
     x, factor = node.args[:2]
@@ -94,19 +45,8 @@ def _is_neutral(node: fx.Node) -> bool:
     return same and "rounding_mode" not in node.kwargs
 
 
-def _call(node: fx.Node) -> _Call:
-    args: Any = node.args
-    x, weight, bias = args[:3]
-    if node.target is aten._native_batch_norm_legit_no_training.default:
-        return _Call(x, weight, bias, args[3], args[4], args[6])
-    if node.target is aten._native_batch_norm_legit.no_stats:
-        return _Call(x, weight, bias, None, None, args[5])
-    mean, variance = (None, None) if args[5] else args[3:5]
-    return _Call(x, weight, bias, mean, variance, args[7])
-
-
 def _batch_norm(node: fx.Node) -> None:
-    call, writing = _call(node), _Writing(node)
+    call, writing = batch_norm_of(node), Nodes(node, (), {}).call
     if call.mean is None:
         result = _by_batch(writing, call)
     elif call.x.meta["val"].dim() == 2 and _is_stored(call):
@@ -125,7 +65,7 @@ def _replace(node: fx.Node, result: fx.Node) -> None:
             user.replace_all_uses_with(result)
 
 
-def _by_batch(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
+def _by_batch(writing: Callable[..., fx.Node], call: BatchNorm) -> fx.Node:
     rank = call.x.meta["val"].dim()
     dims = [0, *range(2, rank)]
     both = writing(aten.var_mean.correction, call.x, dims, correction=0, keepdim=True)
@@ -140,7 +80,7 @@ def _by_batch(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
     return result
 
 
-def _matrix(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
+def _matrix(writing: Callable[..., fx.Node], call: BatchNorm) -> fx.Node:
     """Scale and shift in float64, which are constants later."""
     x, dtype = call.x, call.x.meta["val"].dtype
     assert call.mean is not None
@@ -167,32 +107,9 @@ def _matrix(writing: Callable[..., fx.Node], call: _Call) -> fx.Node:
     return writing(aten.add.Tensor, y, writing(aten.to.dtype, shift, dtype))
 
 
-def _is_stored(call: _Call) -> bool:
-    given = (call.weight, call.bias, call.mean, call.variance)
-    return all(each is None or "value" in each.meta for each in given)
+def _is_stored(call: BatchNorm) -> bool:
+    return all("value" in each.meta for each in call.given)
 
 
 def _along(writing: Callable[..., fx.Node], vector: Any, rank: int) -> fx.Node:
     return writing(aten.reshape.default, vector, [-1, *[1] * (rank - 2)])
-
-
-class _Writing:
-    """Writes nodes in front of one, with their fake values."""
-
-    def __init__(self, before: fx.Node) -> None:
-        self.before = before
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.before.graph.inserting_before(self.before):
-            made = self.before.graph.call_function(target, args, kwargs)
-        values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = detect_fake_mode(values)
-        if mode is None:
-            made.meta["val"] = target(*values, **keywords)
-        else:
-            with mode, torch.no_grad():
-                made.meta["val"] = target(*values, **keywords)
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in self.before.meta:
-                made.meta[key] = self.before.meta[key]
-        return made

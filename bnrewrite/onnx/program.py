@@ -2,7 +2,8 @@
 
 Before:  a module in evaluation mode, or a function, and example arguments
 After:   an `ExportedProgram` whose graph updates nothing and holds no modes
-Leaves alone: the model; what is traced is a twin that shares its parameters and buffers.
+Leaves alone: the model; what is traced is a twin that shares its parameters and buffers. What is a
+program already is taken as it is.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only, tree_structure
 
+from bnrewrite import doors
 from bnrewrite.capture.canonical import Canonical, Input
 from bnrewrite.capture.optimize import check_model, unwrapped
 from bnrewrite.capture.sources import Kind
+from bnrewrite.doors.entry import Given, is_given
 
 from .refusal import ExportError, first_line
 
@@ -34,10 +37,42 @@ _KINDS: dict[InputKind, Kind] = {
 _STATE = (
     "the model changes '{}' when it is called in evaluation mode; an ONNX file has no state: "
     "return the new value as an output and take the old one as an input, or change it in training "
-    "mode only"
+    "mode only, and call model.eval() before it is exported"
 )
 _ASSIGNED = "assigned during export"  # of torch.export's warning
 _ATTRIBUTE = re.compile(r"self\.([\w.]+)")
+
+
+def opened(
+    model: Callable[..., Any] | Given,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+) -> tuple[Callable[..., Any], ExportedProgram]:
+    """What Python calls of a model, in whatever form it came, and its program.
+
+    Raises:
+        TypeError: the model is of another kind, or has its own dynamic sizes.
+        FileNotFoundError, ArchiveError: a file is not there, or is not loaded.
+        ExportError: as `traced`; a program has no arguments of its own, and none are given.
+    """
+    if not is_given(model):
+        users: Any = model
+        return unwrapped(users), traced(users, args, kwargs, dynamic_shapes)
+    found = doors.open(model)
+    if found.program is None:
+        return found.module, traced(found.module, args, kwargs, dynamic_shapes)
+    if dynamic_shapes is not None:
+        raise TypeError("an exported program has its own sizes: leave dynamic_shapes out")
+    program = copy.copy(found.program)
+    if args or kwargs:
+        given, wanted = tree_structure((args, dict(kwargs))), program.call_spec.in_spec
+        if given != wanted:
+            raise ExportError(f"the program takes arguments like {wanted}, given are {given}")
+        program.example_inputs = args, dict(kwargs)
+    if program.example_inputs is None:
+        raise ExportError("the program was saved without arguments of a call: give args")
+    return found.module, program
 
 
 def traced(

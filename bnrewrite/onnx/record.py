@@ -70,13 +70,7 @@ class OnnxExport:
         for provider, table in self.placement.items():
             parts.append(Text(f"{provider}: {sum(table.values())} nodes"))
         for name, verification in self.verifications.items():
-            checks = verification.checks
-            worst = max((c.optimized for c in checks), default=0.0)
-            bound = min((c.bound for c in checks), default=0.0)
-            told = (
-                f"error {worst:.1e}, the bound is {bound:.1e}" if checks else "nothing to compare"
-            )
-            parts.append(Text(f"checked {name}: {told}"))
+            parts.append(Text(f"checked {name}: {_nearest(verification)}"))
         parts += [Text(f"note: {note}") for note in self.notes]
         return rendered(parts, width)
 
@@ -103,3 +97,12 @@ class OnnxExport:
                 shown.add_row(operation, *(str(n) if n else "" for n in counts))
         shown.add_row("all", *(str(sum(table.values())) for table in tables.values()))
         return shown
+
+
+def _nearest(verification: Verification) -> str:
+    """The value that comes nearest to its bound."""
+    checks = [each for each in verification if each.bound]
+    if not checks:
+        return "nothing to compare"
+    worst = max(checks, key=lambda each: each.optimized / each.bound)
+    return f"{worst.name}: error {worst.optimized:.1e}, the bound is {worst.bound:.1e}"

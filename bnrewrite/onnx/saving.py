@@ -25,13 +25,10 @@ def staged(path: Path) -> Iterator[Path]:
     """A path of the same name in a folder beside, which is moved to `path` if all goes well.
 
     Raises:
-        ExportError: the folder is not there or cannot be written to, or `path` is a folder.
+        ExportError: the folder is not there or cannot be written to, or `path` is no file.
     """
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder; give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
     try:
+        _check_place(path)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise ExportError(f"{path.parent} cannot be written to: {error.strerror}") from error
@@ -40,6 +37,15 @@ def staged(path: Path) -> Iterator[Path]:
         _move(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise ExportError(f"there is no folder {path.parent} to write {path.name} into")
+    if path.exists() and not path.is_file():  # a device would be gone
+        raise ExportError(f"{path} is no file; give the name of one, or a new name")
 
 
 def save(model: ir.Model, path: Path) -> None:

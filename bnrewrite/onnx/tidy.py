@@ -32,10 +32,12 @@ RULES = (
     rules.no_op_dynamic_scatter_nd_rule,
 )
 ROUNDS = 3
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 
 def tidy(model: ir.Model) -> None:
     """Change a model in place, until nothing changes any more."""
+    stored = set(model.graph.initializers)
     common.InlinePass()(model)
     for _ in range(ROUNDS):
         before = _count(model)
@@ -45,6 +47,7 @@ def tidy(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass()(model)
         if _count(model) == before:
             break
+    _drop_added_biases(model, stored)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.LiftSubgraphInitializersToMainGraphPass()(model)
@@ -54,6 +57,18 @@ def tidy(model: ir.Model) -> None:
     common.RemoveUnusedOpsetsPass()(model)
     common.OutputFixPass()(model)
     common.NameFixPass()(model)
+
+
+def _drop_added_biases(model: ir.Model, stored: set[str]) -> None:
+    """Zeros for the bias of a convolution that has none; those of volumes have a wrong shape."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type not in CONVOLUTIONS or len(node.inputs) < 3:
+            continue
+        bias = node.inputs[2]
+        value = None if bias is None else ir.convenience.get_const_tensor(bias)
+        is_added = bias is not None and bias.name not in stored
+        if is_added and value is not None and not value.numpy().any():
+            node.resize_inputs(2)
 
 
 def _count(model: ir.Model) -> int:

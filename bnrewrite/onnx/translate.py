@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import version_converter
 from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature, OutputKind
@@ -26,6 +25,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from .older import write_as_17
 from .refusal import ExportError, first_line
 from .tidy import tidy
 from .translation import translation_table
@@ -64,14 +64,9 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
     inputs = [value.name for value in model.graph.inputs]
     with quiet():
         tidy(model)
-        if model.opset_imports.get("") != opset:
-            version_converter.convert_version(model, opset, fallback=True)
-            _drop_newer_attributes(model)
-    found = model.opset_imports.get("")
-    if found != opset:
-        raise ExportError(
-            f"the model needs operations of opset {found}, which have no form in opset {opset}"
-        )
+    if opset < LEAST:
+        write_as_17(model)
+    assert model.opset_imports.get("") == opset, "the exporter was asked for this opset"
     _name(model, inputs, output_names(program))
     return model
 
@@ -87,20 +82,6 @@ def raw_model(program: ExportedProgram, opset: int) -> ir.Model:
         )
     assert exported is not None
     return exported.model
-
-
-def _drop_newer_attributes(model: ir.Model) -> None:
-    """An attribute of reductions since opset 18, which the converter forgets to take away.
-
-    It says what is done without axes, and 0, the default, is what opset 17 does.
-    """
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        newer = node.attributes.get("noop_with_empty_axes")
-        version = model.opset_imports.get("", LEAST)
-        if newer is not None and version < LEAST and node.op_type != "ReduceSum":
-            if newer.value:
-                raise ExportError(f"{node.op_type} without axes has no form in opset {version}")
-            del node.attributes["noop_with_empty_axes"]
 
 
 def output_names(program: ExportedProgram) -> list[str | None]:
@@ -194,16 +175,15 @@ def _names(dynamic_shapes: Any) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    other = logging.getLogger("onnxscript")
-    before = other.level
-    logger.setLevel(logging.ERROR)
-    other.setLevel(logging.CRITICAL)
+    levels = {"torch.onnx": logging.ERROR, "onnx_ir": logging.ERROR, "onnxscript": logging.CRITICAL}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-        other.setLevel(before)
+        for logger, level in before.items():
+            logger.setLevel(level)

@@ -75,8 +75,8 @@ def _row(number: int, site: Site) -> str:
 
 
 def _findings(report: Report) -> str:
-    said = [(each.code, each.message, each.source) for each in report.findings]
-    return _sentences("Findings", ("code", "cause; fix", "where"), said)
+    said = [(f"{each.code} {each.name}", each.message, each.source) for each in report.findings]
+    return _sentences("Findings", ("finding", "cause; fix", "where"), said)
 
 
 def _kept(report: Report) -> str:

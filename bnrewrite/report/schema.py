@@ -1,13 +1,15 @@
 """A report as JSON, in a form that stays.
 
-    {"schema": "bnrewrite.report", "version": 1,
+    {"schema": "bnrewrite.report", "version": 2,
      "totals": {"sites": 1, "rewritten": 1, ...},
      "sites": [{"number": 0, "kind": "batch_norm", "status": "rewritten", ...}],
-     "findings": [{"code": "buffer-rebound", "message": "...", "source": "net.py:12"}],
+     "findings": [{"code": "BNR001", "message": "...", "source": "net.py:12",
+                   "name": "buffer-rebound"}],
      "kept": [{"what": "autograd.Function", "reason": "...", "source": "net.py:40"}],
      "graph_texts": [{"before": "...", "after": "..."}]}
 
 A field is never removed or given another meaning without a new version; new fields may come.
+Version 1 had the name of a finding as its code.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 SCHEMA = "bnrewrite.report"
-VERSION = 1
+VERSION = 2
 
 
 def report_json(report: Report) -> str:

@@ -24,7 +24,8 @@ class Site:
         eps: the constant that keeps the denominator from zero, None where there is none.
         module: qualified name of the module, ``""`` for the root.
         source: where the user wrote it, ``"file.py:123"``.
-        lowering: ``"native"``, ``"composite"``, ``"fold"``, or None where nothing was replaced.
+        lowering: ``"native"``, ``"composite"``, ``"synchronised"``, ``"fold"``, or None where
+            nothing was replaced.
         notes: further remarks, one sentence each.
         state: qualified names of the buffers that the site updates.
     """
@@ -52,14 +53,16 @@ class Finding:
     """A pathology of the user's code: its code, what it does and how to mend it, and where it is.
 
     Attributes:
-        code: a key of ``findings.PATHOLOGIES``.
+        code: ``"BNR001"``, the section of docs/findings.md.
         message: cause and fix, for this place.
         source: ``"file.py:123"``, or the qualified name of a buffer where no line is known.
+        name: the pathology in words, a key of ``findings.PATHOLOGIES``.
     """
 
     code: str
     message: str
     source: str
+    name: str
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ def report_text(report: Report, width: int) -> str:
     if report.sites:
         parts.append(_sites(report.sites))
     if report.findings:
-        rows = [(f"{each.code}\n{each.source}", each.message) for each in report.findings]
+        rows = [
+            (f"{each.code} {each.name}\n{each.source}", each.message) for each in report.findings
+        ]
         parts.append(_rows("finding", "cause; fix", rows))
     if report.kept:
         rows = [(f"{each.what}\n{each.source}", each.reason) for each in report.kept]

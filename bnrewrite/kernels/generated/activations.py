@@ -45,7 +45,8 @@ class Activation:
         formula: of z; None where it is made of pieces.
         pieces: the result for a number ``made``, and the cotangent for that of the result,
             ``given``, in C++.
-        of_result: the pieces of the cotangent are the same for a result as for its ``made``.
+        of_result: the pieces of the cotangent are the same for a result as for its ``made``, and
+            torch's backward is of the result too.
     """
 
     torch: Callable[[Tensor], Tensor]
@@ -67,7 +68,6 @@ _ACTIVATIONS = {
             "made < acc(0) ? V{} : made > acc(6) ? V{} + acc(6) : made",
             "made <= acc(0) ? V{} : made >= acc(6) ? V{} : given",
         ),
-        of_result=True,
     ),
     "silu": Activation(functional.silu, Z * Logistic(Z)),
     "gelu": Activation(functional.gelu, Z * Normal(Z)),
@@ -89,5 +89,4 @@ def activation(text: str) -> Activation | None:
             f"made > acc(0) ? made : made * acc({slope})",
             f"made > acc(0) ? given : given * acc({slope})",
         ),
-        of_result=float(slope) > 0,
     )

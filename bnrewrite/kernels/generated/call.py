@@ -53,6 +53,7 @@ def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if kernel.copies:
         x = x.clone(memory_format=torch.preserve_format)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+        x, *tensors = (t.clone() if t.is_inference() else t for t in (x, *tensors))  # to be saved
         found: tuple[Tensor, ...] = Recorded.apply(kernel, text, x, *tensors)  # type: ignore[no-untyped-call]
         return found
     y, _, updates = forward(kernel, x, tensors)

@@ -14,6 +14,8 @@ from .program import parse
 def check_program(text: str) -> str | None:
     """Why a program has no kernels; None if it has."""
     program = parse(text)
+    if program.residual and not may_follow_residual(program.activation):
+        return "an activation of a sum whose slope its result does not tell"
     inner = {program.symbol(i) for i in range(len(program.tensors)) if program.inside(i)}
     values = [*program.scale, *program.shift]
     groups = [t.group for t in values] + [program.centre, *program.updates]
@@ -33,7 +35,7 @@ def check_program(text: str) -> str | None:
 
 
 def may_follow_residual(text: str) -> bool:
-    """Whether the slope of an activation is known from its result, which is what is saved then."""
+    """Whether an activation is known by its result, which torch keeps for the backward too."""
     found = activation(text)
     return found is not None and found.of_result
 

@@ -48,7 +48,8 @@ class Kernel:
         result: the dtype of y.
         free: the tensors that take a gradient.
         used: those that a backward reads.
-        firm: those of which it needs the values of the forward.
+        firm: those on whose values a gradient depends.
+        copied: those that may change before the backward, which reads them all the same.
         updates: how many there are.
         residual: a tensor is added before the activation.
     """
@@ -68,6 +69,7 @@ class Kernel:
     free: tuple[int, ...]
     used: tuple[int, ...]
     firm: tuple[int, ...]
+    copied: tuple[int, ...]
     updates: int
     residual: bool
 
@@ -121,6 +123,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         free=tuple(source.free()),
         used=tuple(source.used()),
         firm=tuple(source.firm()),
+        copied=tuple(source.copied()),
         updates=len(program.updates),
         residual=program.residual,
     )

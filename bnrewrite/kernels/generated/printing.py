@@ -130,18 +130,25 @@ class Source:
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
     def firm(self) -> list[int]:
-        """The tensors on whose values a gradient depends: a bias is none, but for an activation."""
+        """The tensors on whose values a gradient depends: a bias is none."""
         program, made = self.program, self.gradients
         values = [program.centre, made.mean, made.variance, *made.groups.values()]
         values += [each.element for each in made.sums]
         values += [value for term in program.scale for value in (term.group, term.element)]
-        if program.activation and not program.residual:
-            values += [value for term in program.shift for value in (term.group, term.element)]
         for slopes in made.inside.values():
             values += [element for part in slopes for _, element in part]
             values += [program.shift[place].group for place, _ in slopes[1]]
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
+
+    def copied(self) -> list[int]:
+        """The tensors of which a copy is saved: buffers, and a bias whose activation is masked.
+
+        Either may change before the backward in the user's code.
+        """
+        program, free, firm = self.program, self.free(), self.firm()
+        masks = bool(program.activation) and not program.residual
+        return [i for i in self.used() if i not in free or (masks and i not in firm)]
 
     def runs(self, number: int) -> list[int]:
         """The loops along which a tensor runs."""

@@ -153,6 +153,13 @@ class Program:
 
 
 @cache
+def before_residual(text: str) -> str:
+    """The program without its residual and its activation."""
+    parts = [part.strip() for part in text.split(";")]
+    return "; ".join(p for p in parts if p != "residual" and read_activation(p) is None)
+
+
+@cache
 def parse(text: str) -> Program:
     """The program of a text."""
     head, *parts = (part.strip() for part in text.split(";"))

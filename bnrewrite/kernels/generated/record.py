@@ -11,6 +11,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from .kernel import Kernel, Order
+from .program import before_residual, parse
 from .reference import reference
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -48,10 +49,11 @@ class Recorded(torch.autograd.Function):
         y, moments, updates = forward(kernel, x, given)
         kept: list[Tensor | None] = [None] * len(kernel.orders)
         for i in kernel.used:  # a buffer may change before the backward; a copy does not
-            changed = given[i] if i in kernel.firm else given[i].data  # whatever its value is
-            kept[i] = changed if i in kernel.free else given[i].clone()
-        residual = given[len(kept) :]
-        ctx.save_for_backward(x, moments, y if residual else None, *kept, *residual)
+            if i in kernel.copied:
+                kept[i] = given[i].clone()
+            else:
+                kept[i] = given[i] if i in kernel.firm else given[i].data  # whatever its value is
+        ctx.save_for_backward(x, moments, *kept, *([y] if kernel.residual else []))
         ctx.kernel, ctx.text = kernel, text
         ctx.mark_non_differentiable(*updates)
         return (y, *updates)
@@ -60,12 +62,13 @@ class Recorded(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, of the tensors, and of the residual."""
         kernel, needed = ctx.kernel, ctx.needs_input_grad[2:]
-        x, moments, y, *given = ctx.saved_tensors
+        x, moments, *given = ctx.saved_tensors
         dy = cotangents[0]
         if torch.is_grad_enabled() or not are_plain(dy):
             return (None, None, *of_reference(ctx.text, [x, *given], needed, dy))
         dy = _like(dy, x)
         tensors = given[: len(kernel.orders)]
+        y = given[-1] if kernel.residual else None
         dx = torch.empty_like(x) if needed[0] else None
         dresidual = torch.empty_like(x) if kernel.residual else None
         dense = [
@@ -102,8 +105,22 @@ def are_plain(*given: Tensor, device: str = "cpu") -> bool:
 def of_reference(
     text: str, given: Sequence[Tensor | None], needed: Sequence[bool], cotangent: Tensor
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated any number of times."""
+    """Gradients that can be differentiated any number of times.
+
+    Args:
+        text: the program.
+        given: x, the tensors, and in the place of a residual, whose value nobody kept, y.
+        needed: which of them take a gradient.
+        cotangent: of y.
+    """
     again = torch.is_grad_enabled()
+    program = parse(text)
+    if program.residual:
+        y = given[-1]
+        assert y is not None
+        cotangent = torch.where(y.detach() <= 0, 0.0, cotangent)  # ReLU is what follows a residual
+        found = of_reference(before_residual(text), given[:-1], needed[:-1], cotangent)
+        return [*found, cotangent if needed[-1] else None]
     with torch.enable_grad():
         # by other names: x may be made of the same weight, which is no way that counts here
         pairs = zip(given, needed, strict=True)

@@ -43,7 +43,7 @@ struct Kernel : torch::CustomClassHolder {
   at::ScalarType single, result;
   Order kept;
   std::vector<Order> orders;
-  Numbers free, used, firm;
+  Numbers free, used, firm, copied;
   PyObject *reference;
 };
 
@@ -151,22 +151,22 @@ struct Norm : torch::autograd::Function<Norm> {
     const Tensor &x = given[0];
     variable_list tensors(given.begin() + 1, given.end());
     auto [made, moments] = run(*kernel, x, tensors);
-    variable_list saved{x, moments, kernel->residual ? made[0] : Tensor()};
-    const size_t count = kernel->orders.size();
-    for (size_t i = 0; i < tensors.size(); ++i) {
+    variable_list saved{x, moments};
+    for (size_t i = 0; i < kernel->orders.size(); ++i) {
       const auto has = [&](const Numbers &list) {
         return std::find(list.begin(), list.end(), int64_t(i)) != list.end();
       };
-      if (i < count && !has(kernel->used)) {
+      if (!has(kernel->used)) {
         saved.emplace_back();
-      } else if (i < count && !has(kernel->free)) {
-        saved.push_back(tensors[i].clone()); // a buffer may change before the backward
-      } else if (i < count && !has(kernel->firm)) {
+      } else if (has(kernel->copied)) {
+        saved.push_back(tensors[i].clone()); // it may change before the backward
+      } else if (!has(kernel->firm)) {
         saved.push_back(tensors[i].variable_data()); // and so may this: its value is not asked for
       } else {
         saved.push_back(tensors[i]);
       }
     }
+    if (kernel->residual) saved.push_back(made[0]); // the mask of its activation
     context->save_for_backward(std::move(saved));
     context->saved_data["kernel"] = c10::IValue::make_capsule(kernel);
     context->set_materialize_grads(false);
@@ -178,15 +178,15 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto held_kernel = context->saved_data["kernel"].toCapsule();
     const Kernel &kernel = *static_cast<const Kernel *>(held_kernel.get());
     variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &moments = saved[1], &y = saved[2];
-    const size_t given = saved.size() - 2, count = kernel.orders.size(); // x, tensors, residual
+    const Tensor &x = saved[0], &moments = saved[1], y = kernel.residual ? saved.back() : Tensor();
+    const size_t given = saved.size() - 1, count = kernel.orders.size(); // x, tensors, residual
     variable_list result(1 + given);
     if (!cotangents[0].defined()) return result;
     std::vector<bool> needed(given);
     for (size_t i = 0; i < given; ++i) needed[i] = context->needs_input_grad(i);
     if (c10::GradMode::is_enabled() || is_observed() || !is_plain(cotangents[0])) {
       variable_list inputs{x};
-      inputs.insert(inputs.end(), saved.begin() + 3, saved.end());
+      inputs.insert(inputs.end(), saved.begin() + 2, saved.end());
       variable_list found = of_reference(kernel, inputs, needed, cotangents[0]);
       std::copy(found.begin(), found.end(), result.begin() + 1);
       return result;
@@ -199,7 +199,7 @@ struct Norm : torch::autograd::Function<Norm> {
     std::vector<void *> pointers{at(dy), at(x), at(y), at(moments), at(dx), at(dresidual)};
     std::vector<Tensor> held(count), made;
     for (size_t i = 0; i < count; ++i) {
-      if (saved[3 + i].defined()) held[i] = dense(saved[3 + i], kernel.orders[i]);
+      if (saved[2 + i].defined()) held[i] = dense(saved[2 + i], kernel.orders[i]);
       pointers.push_back(at(held[i]));
     }
     for (int64_t i : kernel.free) {
@@ -210,7 +210,7 @@ struct Norm : torch::autograd::Function<Norm> {
     result[1] = dx;
     for (size_t i = 0; i < kernel.free.size(); ++i) {
       const int64_t number = kernel.free[i];
-      if (needed[1 + number]) result[2 + number] = back(made[i], saved[3 + number], kernel.orders[number]);
+      if (needed[1 + number]) result[2 + number] = back(made[i], saved[2 + number], kernel.orders[number]);
     }
     if (kernel.residual) result.back() = dresidual;
     return result;
@@ -253,6 +253,8 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     pybind11::gil_scoped_release without_lock;
     if (kernel->copies) given[0] = given[0].clone(at::MemoryFormat::Preserve);
     if (recorded && c10::GradMode::is_enabled()) {
+      for (Tensor &one : given)
+        if (one.is_inference()) one = one.clone(); // to be saved
       made = Norm::apply(kernel, at::TensorList(given));
     } else {
       at::NoGradGuard no_grad;
@@ -292,7 +294,7 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
   kernel->loops = list();
   const Numbers extents = list();
   kernel->extents.assign(extents.begin(), extents.end());
-  kernel->free = list(), kernel->used = list(), kernel->firm = list();
+  kernel->free = list(), kernel->used = list(), kernel->firm = list(), kernel->copied = list();
   kernel->kept.sizes = list(), kernel->kept.places = list();
   kernel->orders.resize(plain[10]);
   for (Order &order : kernel->orders) order.sizes = list(), order.places = list();

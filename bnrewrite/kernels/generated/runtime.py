@@ -107,7 +107,7 @@ def _register(text: str, kernel: Kernel, kinds: Kinds) -> None:
     ]  # fmt: skip
     lists = [
         *kinds, plain, kernel.loops, kernel.extents,
-        kernel.free, kernel.used, kernel.firm, *kernel.kept,
+        kernel.free, kernel.used, kernel.firm, kernel.copied, *kernel.kept,
     ]  # fmt: skip
     for order in kernel.orders:
         lists += order or ([], [])

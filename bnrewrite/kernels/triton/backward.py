@@ -29,7 +29,7 @@ from .source import Tiled, indented
 def given(tiled: Tiled, *names: str) -> list[str]:
     """Pointers: the cotangent, x, y of a residual, the moments, more, and the tensors."""
     y = ["y"] if tiled.program.residual and tiled.program.activation else []
-    return ["dy", "x", *y, "moments", *names, *(f"t{i}_" for i in tiled.firm)]
+    return ["dy", "x", *y, "moments", *names, *(f"t{i}_" for i in tiled.read)]
 
 
 def made_by_groups(tiled: Tiled) -> list[str]:
@@ -153,8 +153,8 @@ def _turns(tiled: Tiled) -> list[str]:
 
 def _statistics(tiled: Tiled, loops: Sequence[int]) -> list[str]:
     """Moments, tensors, and the coefficients of each group."""
-    program, firm = tiled.program, tiled.firm
-    shift = bool(program.activation) and not program.residual
+    program, firm = tiled.program, tiled.read
+    shift = tiled.masks
     named = tiled.coefficients(shift=shift)
     places = {place for _, second in tiled.gradients.inside.values() for place, _ in second}
     if not shift:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import wrap_triton
 
-from ..generated.check import check_program, may_follow_residual
+from ..generated.check import check_program
 from ..generated.layout import arrange
 from ..generated.program import parse
 from ..generated.record import PLAIN
@@ -109,8 +109,6 @@ def _launch_of(
         return None
     if check_program(text) is not None:
         return None
-    if program.residual and program.activation and not may_follow_residual(program.activation):
-        return None  # its slope is that of the sum, which is not kept
     sizes = program.axis_sizes(shape)
     if len(shapes) != len(program.tensors) + program.residual:
         return None
@@ -221,7 +219,7 @@ def run_backward(
     tiled, cut, program = launch.tiled, launch.backward, launch.tiled.program
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if program.residual else None
-    firm = [dense_like(launch, i, tensors[i]) for i in tiled.firm]
+    firm = [dense_like(launch, i, tensors[i]) for i in tiled.read]
     before = [like(dy, x), x, *([] if y is None else [y]), moments]
     extra = [] if dresidual is None else [dresidual]
     own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]

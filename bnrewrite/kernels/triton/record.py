@@ -49,6 +49,7 @@ def call(launch: Launch, text: str, x: Tensor, given: Sequence[Tensor]) -> tuple
         given: the tensors of the program, then the residual, where it has one.
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in given)):
+        x, *given = (t.clone() if t.is_inference() else t for t in (x, *given))  # to be saved
         made: tuple[Tensor, ...] = Recorded.apply(launch, text, x, *given)  # type: ignore[no-untyped-call]
         return made
     with device_of(x):
@@ -100,18 +101,15 @@ def save(
     moments: Tensor,
 ) -> None:
     """Keep x, the moments, and what a backward reads of the tensors."""
-    program, used = launch.tiled.program, launch.tiled.used
-    firm, free = launch.tiled.firm, launch.tiled.free
-    kept: list[Tensor] = []
-    for i in range(len(program.tensors)):
-        if i in free:  # where no gradient depends on its value, it may have changed since
-            kept.append(given[i] if i in firm else _unwatched(given[i]))
-        elif i in used:  # a buffer may change before the backward; a copy does not
+    tiled, kept = launch.tiled, []
+    for i in range(len(tiled.program.tensors)):
+        if i in tiled.copied:  # it may change before the backward; a copy does not
             kept.append(given[i].clone())
+        elif i in tiled.used:  # where no gradient depends on its value, it may have changed since
+            kept.append(given[i] if i in tiled.firm else _unwatched(given[i]))
         else:  # of updates alone: nothing but its shape is asked for
             kept.append(torch.empty_like(given[i]))
-    masked = program.residual and bool(program.activation)
-    ctx.save_for_backward(x, moments, y if masked else None, *kept, *given[len(kept) :])
+    ctx.save_for_backward(x, moments, *kept, *([y] if tiled.program.residual else []))
     ctx.text = text
 
 
@@ -131,8 +129,9 @@ def differentiate(
         dy: the cotangent of y.
         kernels: of the backward.
     """
-    x, moments, y, *given = ctx.saved_tensors
+    x, moments, *given = ctx.saved_tensors
     program = parse(ctx.text)
+    y = given[-1] if program.residual else None
     if torch.is_grad_enabled():
         return of_reference(ctx.text, [x, *given], needed, dy)
     dx, *made = kernels(ctx.text, dy, x, y, moments, given[: len(program.tensors)])

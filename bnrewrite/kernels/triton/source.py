@@ -76,6 +76,21 @@ class Tiled:
         return self.source.firm()
 
     @cached_property
+    def copied(self) -> list[int]:
+        """The tensors that a backward reads as they were, whatever becomes of them."""
+        return self.source.copied()
+
+    @cached_property
+    def read(self) -> list[int]:
+        """The tensors that a kernel of the backward reads."""
+        return [i for i in self.used if i in self.firm or (self.masks and i in self.copied)]
+
+    @property
+    def masks(self) -> bool:
+        """Whether a backward computes the argument of the activation again."""
+        return bool(self.program.activation) and not self.program.residual
+
+    @cached_property
     def double(self) -> bool:
         """Whether values of a group are in double precision."""
         return self.single == "float64" or wants_double(self.program)

@@ -1,0 +1,232 @@
+"""A whole training step of models whose norms are written by hand: forward, loss and backward.
+
+    python -m benchmarks.training_steps             writes training_steps.{json,md}
+    python -m benchmarks.training_steps --compile   with torch.compile of both as further peers
+
+The models have the shape of ResNet-18, of ConvNeXt-T and of a diffusion model's U-Net, on small
+images; weights are random.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional
+
+import bnrewrite
+from benchmarks import hand_written
+from benchmarks.cases import HAND, NATIVE, OPTIMISED
+from benchmarks.measure import Clock, interleaved, saved_bytes
+from benchmarks.onnx_models import FirstNorm, NativeFirstNorm, Norm, unet
+from benchmarks.tables import RESULTS, Results
+
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
+
+
+class BasicBlock(nn.Module):
+    """ResNet-18's: two 3x3 convolutions with a norm behind each, and a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False), norm(after), nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False), norm(after),
+        )  # fmt: skip
+        same = stride == 1 and before == after
+        strided = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
+        self.shortcut: nn.Module = nn.Identity() if same else strided
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x) + self.shortcut(x)
+        return functional.relu(y)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7 convolution, LayerNorm over the channels, two pointwise ones, a shortcut."""
+
+    def __init__(self, channels: int, norm: Norm) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
+            norm(channels),
+            nn.Conv2d(channels, 4 * channels, 1),
+            nn.GELU(),
+            nn.Conv2d(4 * channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.body(x)
+        return y
+
+
+def resnet18(norm: Norm) -> nn.Module:
+    """20 batch norms, on 64 to 512 channels."""
+    blocks = [
+        BasicBlock(64 if stage == 0 else 32 * 2**stage * (2 if block else 1), 64 * 2**stage,
+                   2 if stage and not block else 1, norm)
+        for stage in range(4)
+        for block in range(2)
+    ]  # fmt: skip
+    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU())
+    pool, flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), *blocks, pool, flat, nn.Linear(512, 10))
+
+
+def convnext_tiny(norm: Norm) -> nn.Module:
+    """22 layer norms, on 96 to 768 channels."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 96, 4, 4), norm(96)]
+    for stage, depth in enumerate((3, 3, 9, 3)):
+        channels = 96 * 2**stage
+        if stage:
+            layers += [norm(channels // 2), nn.Conv2d(channels // 2, channels, 2, 2)]
+        layers += [ConvNeXtBlock(channels, norm) for _ in range(depth)]
+    pool, flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, pool, flat, nn.Linear(768, 10))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model made from its norm, and the two norms."""
+
+    name: str
+    make: Callable[[Norm], nn.Module]
+    hand: Norm
+    native: Norm
+    shape: tuple[int, ...]
+
+
+MODELS = (
+    Model("ResNet-18", resnet18, hand_written.BatchNorm, nn.BatchNorm2d, (8, 3, 64, 64)),
+    Model(
+        "ConvNeXt-T",
+        convnext_tiny,
+        FirstNorm,
+        lambda channels: NativeFirstNorm(channels, 1e-6),
+        (4, 3, 64, 64),
+    ),
+    Model(
+        "U-Net",
+        lambda norm: unet(norm, 64),
+        lambda channels: hand_written.GroupNorm(8, channels),
+        lambda channels: nn.GroupNorm(8, channels),
+        (2, 3, 64, 64),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds of a step and bytes saved for its backward, by peer."""
+
+    model: str
+    layout: str
+    milliseconds: dict[str, float]
+    spread: dict[str, float]
+    over_native: float
+    saved: dict[str, int]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    """Measure, print the table, write it."""
+    parser = argparse.ArgumentParser(description="training steps of whole models")
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="torch.compile as further peers")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    results = [
+        measure(model, layout, options.rounds, CLOCKS[options.clock], compiled=options.compile)
+        for model in MODELS
+        if options.only in model.name
+        for layout in ("contiguous", "channels_last")
+    ]
+    if not results:
+        parser.error(f"{options.only!r} is in none of {[model.name for model in MODELS]}")
+    peers = list(results[0].milliseconds)
+    table = Results(
+        name="training_steps",
+        headings=("model", "layout", *(f"{peer} ms" for peer in peers), "optimised / native",
+                  "MiB saved for backward (" + " / ".join((HAND, NATIVE, OPTIMISED)) + ")"),
+        rows=[_cells(result) for result in results],
+        records=[asdict(result) for result in results],
+        remark="Forward, loss and backward; medians of interleaved rounds; the ratio is the median "
+        "of the rounds' ratios.",
+    )  # fmt: skip
+    table.show()
+    table.write(options.output)
+    Console().print(f"written: {options.output}/training_steps.json, training_steps.md")
+    return results
+
+
+def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: bool) -> Result:
+    """Check that the peers learn the same, and time them in turns."""
+    torch.manual_seed(0)
+    dense = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.randn(model.shape).contiguous(memory_format=dense)
+    hand, native = (model.make(norm) for norm in (model.hand, model.native))
+    for own, given in zip(native.parameters(), hand.parameters(), strict=True):
+        own.data.copy_(given.data.reshape(own.shape))
+    for each in (*hand.modules(), *native.modules()):
+        if isinstance(each, nn.Conv2d):
+            each.weight.data = each.weight.data.contiguous(memory_format=dense)
+    torch.compiler.reset()
+    peers: dict[str, nn.Module] = {
+        HAND: hand,
+        NATIVE: native,
+        OPTIMISED: bnrewrite.optimize(copy.deepcopy(hand), backend="eager"),
+    }
+    if compiled:
+        peers |= {f"torch.compile, {name}": _compiled(peers[name]) for name in (HAND, NATIVE)}
+    losses = [_loss(peer, x).item() for peer in peers.values()]
+    torch.testing.assert_close(losses, [losses[0]] * len(losses), rtol=1e-3, atol=0)
+    timings = interleaved(
+        {name: _step(peer, x) for name, peer in peers.items()},
+        rounds=rounds, device="cpu", clock=clock,
+    )  # fmt: skip
+    return Result(
+        model=model.name,
+        layout=layout,
+        milliseconds={name: timing.median * 1e3 for name, timing in timings.items()},
+        spread={name: timing.spread for name, timing in timings.items()},
+        over_native=timings[OPTIMISED].ratio(timings[NATIVE]),
+        saved={
+            name: saved_bytes(partial(_loss, peers[name], x), peers[name].parameters())
+            for name in (HAND, NATIVE, OPTIMISED)
+        },
+    )
+
+
+def _compiled(peer: nn.Module) -> nn.Module:
+    made = copy.deepcopy(peer)
+    made.compile()
+    return made
+
+
+def _loss(peer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = peer(x)
+    return y.square().mean()
+
+
+def _step(peer: nn.Module, x: Tensor) -> Callable[[], object]:
+    parameters = list(peer.parameters())
+    return lambda: torch.autograd.grad(_loss(peer, x), parameters)
+
+
+def _cells(result: Result) -> list[str]:
+    saved = " / ".join(f"{result.saved[name] / 2**20:.3g}" for name in (HAND, NATIVE, OPTIMISED))
+    return [
+        result.model, result.layout, *(f"{value:.3g}" for value in result.milliseconds.values()),
+        f"{result.over_native:.2f}", saved,
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

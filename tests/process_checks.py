@@ -1,0 +1,12 @@
+"""All checks that run on several processes, by their number: started once."""
+
+from __future__ import annotations
+
+import synchronised_checks
+import wrapped_checks
+from processes import Checks
+
+CHECKS: dict[int, Checks] = {
+    2: {**wrapped_checks.ON_TWO, **synchronised_checks.ON_TWO},
+    4: synchronised_checks.ON_FOUR,
+}

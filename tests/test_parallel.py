@@ -1,0 +1,45 @@
+"""Several processes: models under DDP and FSDP2, synchronised statistics, and merged ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hand_written import Net
+from process_checks import CHECKS
+from processes import outcomes
+from torch import nn
+
+import bnrewrite
+from bnrewrite.capture.backend import bnrewrite as backend
+from bnrewrite.parallel import merge_statistics, track_statistics
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str]:
+    return outcomes("process_checks", tmp_path_factory)
+
+
+@pytest.mark.parametrize(("count", "check"), [(n, name) for n in CHECKS for name in CHECKS[n]])
+def test_processes(count: int, check: str, found: dict[tuple[int, str], str]) -> None:
+    assert found[count, check] == ""
+
+
+def test_statistics_are_not_synchronised_without_a_process_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group first"):
+        bnrewrite.optimize(Net(), sync_stats=True)
+    for call in (track_statistics, merge_statistics):
+        with pytest.raises(ValueError, match="init_process_group first"):
+            call(nn.BatchNorm1d(2))
+
+
+def test_the_size_of_the_batch_has_to_be_seen() -> None:
+    with pytest.raises(ValueError, match="dynamic=False fixes"):
+        bnrewrite.optimize(Net(), sync_stats=True, dynamic=False)
+    with pytest.raises(ValueError, match="an option of optimize"):
+        backend(torch.fx.GraphModule({}, torch.fx.Graph()), [], options={"sync_stats": True})
+
+
+def test_exported_programs_are_not_synchronised() -> None:
+    program = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),))
+    with pytest.raises(TypeError, match="for modules and functions"):
+        bnrewrite.optimize(program, sync_stats=True)
