@@ -34,7 +34,8 @@ class Options:
         disable: names of passes and kinds of norm that are switched off.
         only: kinds of norm or site numbers that are rewritten, None for all.
         kernels: "auto" for the fastest lowering that is available; "native" for PyTorch's own
-            operators alone; "generated" for kernels printed from the formula wherever it has one;
+            operators alone; "generated" for kernels printed from the formula wherever it has one
+            (on a GPU only then: they have not been measured there);
             "composite" for moments and a multiply-add alone.
         sync_stats: the name of the process group over which statistics of the batch are
             synchronised, "" for all processes, None for none.

@@ -35,11 +35,13 @@ SMALLEST_RMS = 16384  # elements; below, the number of operations counts
 def may_generate(found: Match) -> bool:
     """Whether a site's tensor is one that kernels are printed for."""
     x = found.linear.source.meta["val"]
-    return bool(found.over) and x.device.type == "cpu" and x.dtype in FLOATING
+    return bool(found.over) and x.device.type in ("cpu", "cuda") and x.dtype in FLOATING
 
 
 def has_fast_kernel(found: Match) -> bool:
-    """Whether a kernel of its own beats the other lowerings."""
+    """Whether a kernel of its own beats the other lowerings; no GPU has measured it yet."""
+    if found.linear.source.meta["val"].device.type != "cpu":
+        return False
     return elements(found.linear.source) >= SMALLEST_KERNEL
 
 

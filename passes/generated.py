@@ -8,9 +8,7 @@ Leaves alone: other statistics than E[x] and V; tensors as large as x; functions
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import sympy
 import torch
@@ -33,7 +31,7 @@ from bnrewrite.algebra.expression import (
     added,
     factor_of,
 )
-from bnrewrite.kernels import check_program, norm, norm_with_updates
+from bnrewrite.kernels import check_program, norm, norm_with_updates, operator_of
 
 from .nodes import Unwritable, aten, current
 from .rewriting import Epilogue
@@ -53,20 +51,41 @@ def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | No
     """
     text = _Text(writing, state.updates)
     x = current(writing.match.linear.source)
-    target: Callable[..., Any] = norm_with_updates if state.updates else norm
     if epilogue is not None:
         writing.emitter.before = writing.replaced = epilogue.last
     written = text.program(epilogue)
     residual = [] if epilogue is None or epilogue.residual is None else [epilogue.residual]
-    made = writing.emitter.call(target, written, x, *text.nodes, *residual)
-    if not state.updates:
-        return writing.finish(made, writing.match.linear.index)
-    value = writing.emitter.call(operator.getitem, made, 0)
-    for place, update in enumerate(state.updates):
-        new = writing.emitter.call(operator.getitem, made, place + 1)
+    call = _call if writing.in_place else _operator
+    value, updates = call(writing, written, x, [*text.nodes, *residual], len(state.updates))
+    for update, new in zip(state.updates, updates, strict=True):
         new = writing.emitter.reshape(new, list(shape_of(update.node)))
         state.replaced[update.node] = writing.cast(new, dtype_of(update.node))
     return writing.finish(value, writing.match.linear.index)
+
+
+def _call(
+    writing: Writing, text: str, x: fx.Node, given: list[fx.Node], updates: int
+) -> tuple[fx.Node, list[fx.Node]]:
+    """By the function that runs what kernel there is: the graph is run as it is."""
+    call = writing.emitter.call
+    if not updates:
+        return call(norm, text, x, *given), []
+    made = call(norm_with_updates, text, x, *given)
+    first, *rest = (call(operator.getitem, made, place) for place in range(updates + 1))
+    return first, rest
+
+
+def _operator(
+    writing: Writing, text: str, x: fx.Node, given: list[fx.Node], updates: int
+) -> tuple[fx.Node, list[fx.Node]]:
+    """By the operator that the stage after takes apart into kernels of Triton."""
+    target = operator_of(text, x.meta["val"], [node.meta["val"] for node in given])
+    if target is None:
+        raise Unwritable("no kernel takes tensors of these kinds")
+    call = writing.emitter.call
+    made = call(target, text, x, given)
+    places = (call(operator.getitem, made, place + 2) for place in range(updates))
+    return call(operator.getitem, made, 0), [call(aten.detach.default, new) for new in places]
 
 
 class _Text:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
-from bnrewrite.kernels import why_no_kernels
+from bnrewrite.kernels import why_no_kernels, why_no_triton
 
 from .costs import has_fast_kernel, has_fast_norm, may_generate
 from .frozen import has_small_means
@@ -50,7 +50,8 @@ class Plan:
             elif decision.lowering is None:
                 decision.lowering = decision.otherwise = _lowering(rewriting, decision)
                 if _wants_kernel(rewriting, decision.match):
-                    reason = why_no_kernels()
+                    cuda = decision.match.linear.source.meta["val"].device.type == "cuda"
+                    reason = why_no_triton() if cuda else why_no_kernels()
                     if reason is None:
                         decision.lowering = "generated"
                     else:
@@ -94,6 +95,9 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
 
 def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
     options = rewriting.options
+    if options.stage == "inductor":  # it takes kernels of Triton over, if they are asked for
+        device = found.linear.source.meta["val"].device.type
+        return options.kernels == "generated" and device == "cuda" and may_generate(found)
     if options.stage != "eager" or options.kernels not in ("auto", "generated"):
         return False
     return may_generate(found) and (options.kernels == "generated" or has_fast_kernel(found))

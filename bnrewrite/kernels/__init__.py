@@ -20,6 +20,7 @@ from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
 from .synchronised import synchronised_moments
+from .triton import operator_of, why_no_triton
 
 __all__ = [
     "KERNELS",
@@ -34,8 +35,10 @@ __all__ = [
     "may_follow_residual",
     "norm",
     "norm_with_updates",
+    "operator_of",
     "synchronised_moments",
     "why_no_kernels",
+    "why_no_triton",
 ]
 
 # Each returns a new tensor, and a backward needs its inputs alone.

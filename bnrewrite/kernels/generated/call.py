@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..triton import run_on_gpu
 from . import runtime
 from .kernel import Kernel, made_for
 from .program import parse
@@ -41,6 +42,10 @@ def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, .
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if type(x) is FakeTensor:
         return _fake(text, x, tensors)
+    if x.is_cuda and are_plain(x, *tensors, device="cuda"):
+        made = run_on_gpu(text, x, tensors)
+        if made is not None:
+            return made
     kernel = _kernel(text, x, tensors) if are_plain(x, *tensors) else None
     if kernel is None:
         y, updates = reference(text, x, tensors)

@@ -84,7 +84,7 @@ class Recorded(torch.autograd.Function):
         return (None, None, *found, *([dresidual] if kernel.residual else []))
 
 
-def are_plain(*given: Tensor) -> bool:
+def are_plain(*given: Tensor, device: str = "cpu") -> bool:
     """Whether nothing must see the operations, and numbers are where their addresses say."""
     if (
         forward_ad._current_level >= 0
@@ -95,7 +95,7 @@ def are_plain(*given: Tensor) -> bool:
         return False
     return all(
         type(tensor) in PLAIN
-        and tensor.is_cpu
+        and tensor.device.type == device
         and torch._C._has_storage(tensor)
         and not tensor.is_neg()
         for tensor in given

@@ -1,0 +1,292 @@
+"""Runs the kernels of a program on tensors: memory, grids, and sums of what programs leave.
+
+Nothing here looks at a value or waits for the device: what is launched depends on shapes alone, so
+a CUDA graph may hold it, and a tracer may follow it with symbolic sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.library import wrap_triton
+
+from ..generated.check import check_program
+from ..generated.layout import arrange
+from ..generated.program import parse
+from ..generated.record import PLAIN
+from .compiled import kernel
+from .forward import given
+from .source import Tiled
+from .tiles import Tile, tile
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST = 2**31 - 1  # the elements that 32 bits count
+FORWARD = {True: ("forward",), False: ("forward_moments", "forward_apply")}
+BACKWARD = {True: ("backward",), False: ("backward_sums", "backward_apply")}
+MOST = 4096  # kinds of tensors that are remembered
+PROCESSORS = 132  # of a device that is not there: a fake tensor's
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a program runs on tensors of one kind.
+
+    Attributes:
+        tiled: what its kernels are printed from.
+        lengths: of its loops.
+        sizes: of its axes.
+        forward, backward: the tiles.
+        single: the dtype of the moments.
+        result: the dtype of y.
+        kernels: by their names.
+    """
+
+    tiled: Tiled
+    lengths: tuple[Any, ...]
+    sizes: dict[str, Any]
+    forward: Tile
+    backward: Tile
+    single: torch.dtype
+    result: torch.dtype
+    kernels: dict[str, Any]
+
+    @property
+    def groups(self) -> Any:
+        """How many groups there are."""
+        return math.prod(self.lengths[i] for i in self.tiled.groups)
+
+    def along(self, loops: Sequence[int]) -> list[Any]:
+        """The lengths of some loops."""
+        return [self.lengths[i] for i in loops]
+
+    def run(self, name: str, programs: Any, tile: Tile, *arguments: Any, parts: bool) -> None:
+        """Launch a kernel."""
+        made = self.kernels[name]
+        if _is_interpreted(made) and any(isinstance(each, FakeTensor) for each in arguments):
+            return  # an interpreter has no numbers to work on
+        extents = [self.sizes[str(symbol)[1:]] for symbol in self.tiled.extents]
+        constants = tile.sizes | ({"P": tile.most_parts} if parts else {})
+        watched = torch._C._len_torch_dispatch_stack() > 0 or type(arguments[0]) not in PLAIN
+        target = wrap_triton(made) if watched else made  # what can be traced takes 1 ms more
+        target[(programs,)](*arguments, *self.lengths, *extents, **constants, num_warps=tile.warps)
+
+
+def _is_interpreted(made: Any) -> bool:
+    return type(made).__name__ == "InterpretedFunction"
+
+
+def launch_of(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Launch | None:
+    """How a program runs on tensors; None where torch's operations stand in for it.
+
+    Args:
+        text: the program.
+        x: dense in memory.
+        tensors: of the program, and the residual.
+
+    Raises:
+        Unprintable: the formula has no kernel.
+    """
+    dtypes = tuple(t.dtype for t in tensors)
+    shapes = tuple(tuple(t.shape) for t in tensors)
+    key = (text, tuple(x.shape), x.stride(), x.dtype, dtypes, shapes, x.device)
+    if all(isinstance(n, int) for shape in (key[1], key[2], *shapes) for n in shape):
+        return _remembered(*key)
+    return _launch_of(*key)
+
+
+def _launch_of(
+    text: str, shape: Any, strides: Any, dtype: Any, dtypes: Any, shapes: Any, device: Any
+) -> Launch | None:
+    program = parse(text)
+    if any(each not in FLOATING for each in (dtype, *dtypes)) or math.prod(shape) == 0:
+        return None
+    if check_program(text) is not None:
+        return None
+    sizes = program.axis_sizes(shape)
+    if len(shapes) != len(program.tensors) + program.residual:
+        return None
+    if program.residual and shapes[-1] != shape:
+        return None
+    wanted = [math.prod(sizes[axis] for axis in own) for own in program.tensors]
+    if any(math.prod(each) != n for each, n in zip(shapes, wanted, strict=False)):
+        return None
+    arranged = arrange(program, shape, strides)
+    if arranged is None:
+        return None
+    layout, lengths = arranged
+    count = math.prod(shape)
+    double = torch.float64 in (dtype, program.dtype, *dtypes[: len(program.tensors)])
+    tiled = Tiled(
+        text=text,
+        layout=type(layout)(layout.loops, 0),
+        fixed=frozenset(i for i, n in enumerate(lengths) if i and isinstance(n, int)),
+        single="float64" if double else "float32",
+        wide=not isinstance(count, int) or count > LARGEST,
+    )
+    itemsize = dtype.itemsize
+    processors = _processors(device)
+    tiles = [tile(tiled, lengths, itemsize, processors, backward=b) for b in (False, True)]
+    before, after = tiles
+    if before is None or after is None:
+        return None
+    return Launch(
+        tiled=tiled,
+        lengths=tuple(lengths),
+        sizes=sizes,
+        forward=before,
+        backward=after,
+        single=torch.float64 if double else torch.float32,
+        result=program.dtype or dtype,
+        kernels={  # printed now, so that what cannot be is known before anything runs
+            name: kernel(tiled, name) for name in (*FORWARD[before.whole], *BACKWARD[after.whole])
+        },
+    )
+
+
+_remembered = lru_cache(MOST)(_launch_of)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def run_forward(
+    launch: Launch, x: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``y``, the moments, and the updates."""
+    cut, program = launch.forward, launch.tiled.program
+    count = len(program.tensors)
+    residual = [like(tensors[count], x)] if program.residual else []
+    y = torch.empty_like(x, dtype=launch.result)
+    moments = x.new_empty((1 if program.about_zero else 2, launch.groups), dtype=launch.single)
+    updates = [moments.new_empty(launch.groups) for _ in program.updates]
+    dense = [dense_like(launch, i, t) for i, t in enumerate(tensors[:count])]
+    pointers = [x, *residual, y, moments, *updates]
+    assert len(pointers) + count == len(given(program))
+    blocks = -(-launch.groups // cut.groups)
+    if cut.whole:
+        launch.run("forward", blocks, cut, *pointers, *dense, parts=False)
+    else:
+        parts = (cut.steps, cut.parts, cut.parts_e)
+        both = x.new_empty((moments.shape[0], cut.parts, launch.groups), dtype=launch.single)
+        partial = list(both.unbind())
+        launch.run("forward_moments", blocks * cut.parts, cut, x, *partial, *parts, parts=False)
+        launch.run(
+            "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *dense, *parts,
+            parts=True,
+        )  # fmt: skip
+    return y, moments, [_update(launch, update) for update in updates]
+
+
+def _update(launch: Launch, update: Tensor) -> Tensor:
+    """A value of each group along the kept axes."""
+    tiled = launch.tiled
+    memory = [axis for i in tiled.groups for axis in tiled.layout.loops[i].axes]
+    kept = tiled.program.kept()
+    memory = [*(axis for axis in kept if axis not in memory), *memory]  # those of one element first
+    made = update.view([launch.sizes[axis] for axis in memory])
+    return made.permute([memory.index(axis) for axis in kept])
+
+
+def run_backward(
+    launch: Launch,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    moments: Tensor,
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+    """The gradients of x, of the residual, and of the free tensors.
+
+    Args:
+        launch: made for these.
+        dy: the cotangent of y.
+        x: dense in memory.
+        y: where the activation is behind a residual.
+        moments: of the forward.
+        tensors: of the program.
+    """
+    tiled, cut, program = launch.tiled, launch.backward, launch.tiled.program
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if program.residual else None
+    firm = [dense_like(launch, i, tensors[i]) for i in tiled.read]
+    before = [like(dy, x), x, *([] if y is None else [y]), moments]
+    extra = [] if dresidual is None else [dresidual]
+    own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]
+    lanes = math.prod(launch.along(tiled.lanes))
+    inside = [*tiled.lanes, *tiled.cells]
+    leftovers = (cut.workers * cut.parts_e, *launch.along(inside))
+    cells = [x.new_empty(leftovers, dtype=launch.single) for _ in tiled.summed]
+    if cut.whole:
+        launch.run(
+            "backward", cut.workers * lanes, cut, *before, dx, *extra, *own, *cells, *firm,
+            cut.turns, parts=False,
+        )  # fmt: skip
+    else:
+        parts = (cut.steps, cut.parts, cut.parts_e)
+        shape = (len(tiled.gradients.sums), cut.parts, launch.groups)
+        sums = x.new_empty(shape, dtype=launch.single)
+        launch.run(
+            "backward_sums", cut.workers * lanes * cut.parts, cut, *before, *extra, *cells, sums,
+            *firm, cut.turns, *parts, parts=False,
+        )  # fmt: skip
+        blocks = -(-launch.groups // cut.groups)
+        launch.run(
+            "backward_apply", blocks * cut.parts, cut, *before, dx, *own, sums, *firm, *parts,
+            parts=True,
+        )  # fmt: skip
+    made = dict(zip(tiled.gradients.groups, own, strict=True))
+    found = {i: _gathered(launch, i, v, tiled.groups, tensors[i]) for i, v in made.items()}
+    for i, value in zip(tiled.summed, cells, strict=True):
+        found[i] = _gathered(launch, i, value.sum(0), inside, tensors[i])
+    return dx, dresidual, found
+
+
+def _of_groups(launch: Launch, x: Tensor, number: int, tensor: Tensor) -> Tensor:
+    """Memory for what a tensor takes of each group; where that is all, in its own dtype."""
+    whole = launch.tiled.source.runs(number) == launch.tiled.groups
+    return x.new_empty(launch.groups, dtype=tensor.dtype if whole else launch.single)
+
+
+def _gathered(
+    launch: Launch, number: int, made: Tensor, loops: Sequence[int], tensor: Tensor
+) -> Tensor:
+    """What a tensor takes along some loops as its gradient: added up, in its shape and dtype."""
+    tiled = launch.tiled
+    own = tiled.source.runs(number)
+    away = [place for place, loop in enumerate(loops) if loop not in own]
+    made = made.reshape(launch.along(loops))
+    if away:
+        made = made.sum(away)
+    wanted = tiled.layout.order(number)
+    present = [axis for axis in tiled.program.tensors[number] if axis in wanted]
+    made = made.reshape([launch.sizes[axis] for axis in wanted])
+    made = made.permute([wanted.index(axis) for axis in present])
+    return made.reshape(tensor.shape).to(tensor.dtype)
+
+
+def dense_like(launch: Launch, number: int, tensor: Tensor) -> Tensor:
+    """A tensor of the program in the order of the loops."""
+    wanted = launch.tiled.layout.order(number)
+    present = [axis for axis in launch.tiled.program.tensors[number] if axis in wanted]
+    if tuple(present) == wanted:
+        return tensor.contiguous()
+    split = tensor.reshape([launch.sizes[axis] for axis in present])
+    return split.permute([present.index(axis) for axis in wanted]).contiguous()
+
+
+def like(tensor: Tensor, x: Tensor) -> Tensor:
+    """A tensor in the layout of x."""
+    if tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,134 @@
+"""Triton kernels without a GPU: interpreted in a process of its own, chosen by the passes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+
+from bnrewrite.capture.canonical import Canonical, canonicalise
+from bnrewrite.kernels import norm, why_no_triton
+from bnrewrite.options import Options
+from bnrewrite.passes import rewrite
+
+FILE = Path(__file__).with_name("triton_interpreted.py")
+
+
+def test_every_kernel_under_the_interpreter() -> None:
+    """The tests of ``triton_interpreted.py``."""
+    version = pytest.importorskip("triton").__version__
+    if Version(version) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
+        pytest.skip("the interpreter of this Triton has no loops with this NumPy")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FILE)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    outcome = subprocess.run(
+        command, cwd=FILE.parents[1], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", outcome.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 60
+
+
+class LayerNorm(nn.Module):
+    """A layer norm by hand, and the activation behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return (
+            centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight
+        ).relu()
+
+
+def on_a_gpu(options: Options) -> tuple[str | None, str, list[object]]:
+    """The lowering, the notes and the targets that a model gets whose tensors lie on a GPU."""
+    graphs: list[Canonical] = []
+
+    def backend(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
+        graphs.append(canonicalise(graph, inputs))
+        return graph.forward
+
+    torch.compile(LayerNorm(), backend=backend)(torch.randn(32, 64))
+    (canonical,) = graphs
+    for node in canonical.module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            with value.fake_mode:
+                node.meta["val"] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="cuda"
+                )
+    (site,) = rewrite(canonical, options)
+    targets = [node.target for node in canonical.module.graph.nodes]
+    return site.lowering, str(site), targets
+
+
+def test_a_gpu_gets_kernels_where_they_are_asked_for() -> None:
+    pytest.importorskip("triton")
+    lowering, _, targets = on_a_gpu(Options(kernels="generated"))
+    assert lowering == "generated"
+    assert norm in targets
+    assert torch.ops.aten.relu.default not in targets
+
+
+def test_inductor_gets_the_operator() -> None:
+    """It takes the kernels over; a function in Python would stop it."""
+    pytest.importorskip("triton")
+    lowering, _, targets = on_a_gpu(Options(kernels="generated", stage="inductor"))
+    assert lowering == "generated"
+    assert torch.ops.bnrewrite.norm_forward.default in targets
+    assert not {norm, torch.ops.aten.relu.default} & set(targets)
+    for options in (Options(stage="inductor"), Options(kernels="generated", stage="export")):
+        assert torch.ops.bnrewrite.norm_forward.default not in on_a_gpu(options)[2]
+
+
+def test_inductor_gets_none_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("bnrewrite.passes.generated.operator_of", lambda *given: None)
+    lowering, _, targets = on_a_gpu(Options(kernels="generated", stage="inductor"))
+    assert lowering == "native"
+    assert norm not in targets
+
+
+@pytest.mark.parametrize("kernels", ["auto", "native", "composite"])
+def test_a_gpu_gets_none_unasked(kernels: str) -> None:
+    """No GPU has measured them."""
+    lowering, _, targets = on_a_gpu(Options(kernels=kernels))
+    assert lowering in ("native", "composite")
+    assert norm not in targets
+
+
+def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        why_no_triton.cache_clear()
+        reason = why_no_triton()
+    why_no_triton.cache_clear()
+    assert reason == "triton is not installed"
+    monkeypatch.setattr("bnrewrite.passes.plan.why_no_triton", lambda: reason)
+    lowering, told, targets = on_a_gpu(Options(kernels="generated"))
+    assert lowering == "native"
+    assert "no kernel is compiled for it: triton is not installed" in told
+    assert norm not in targets
+
+
+def test_a_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # whoever imports it now gets an error
+    x = torch.randn(3, 5)
+    y = norm("x[a b] over b; centre = M; scale = 1", x)
+    torch.testing.assert_close(y, x - x.mean(-1, keepdim=True))
