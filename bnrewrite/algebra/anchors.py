@@ -228,5 +228,5 @@ def elements(node: fx.Node) -> float:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 1
-    sizes = [max(s.node.hint, 2) if isinstance(s, torch.SymInt) else s for s in value.shape]
+    sizes = [max(s.node.hint or 2, 2) if isinstance(s, torch.SymInt) else s for s in value.shape]
     return math.prod(s or 2 for s in sizes)
