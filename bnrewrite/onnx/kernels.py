@@ -1,7 +1,8 @@
 """Which standard operation a provider has a kernel for: the table that the choice is made from.
 
 Read from the documentation of onnxruntime's kernels and held against the installed onnxruntime by
-`tests/test_onnx_kernels.py` (the CPU provider; the others on a machine that has them).
+`tests/test_onnx_kernels.py` (the CPU provider; CUDA and TensorRT on a machine that has them: until
+then their rows are what the documentation says, TensorRT's all of them unverified).
 
 Left out on purpose:
 
