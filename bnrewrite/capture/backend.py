@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis
+from torch.nn.parallel import DistributedDataParallel
 
 from bnrewrite.capture.aliases import outputs_of, returned_inputs
 from bnrewrite.capture.assembly import assemble
@@ -139,6 +140,8 @@ class Compiler:
     ) -> Run:
         if backend == "eager":
             restore_checkpoints(graph)
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            around.fill(graph)
         return around.wrap(run_by(backend, graph, example_inputs, self.mode))
 
     def warn(self, reason: str) -> None:

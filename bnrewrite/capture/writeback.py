@@ -52,6 +52,20 @@ class Around:
     inputs: tuple[int, ...]
     returned: tuple[tuple[int, int], ...]
 
+    def fill(self, module: fx.GraphModule) -> None:
+        """Put the new values in the place of results that are none; DDP's optimizer takes no None.
+
+        They are replaced behind the call.
+        """
+        if self.returned:
+            *_, output = module.graph.nodes
+            results = outputs_of(module)
+            new = dict(zip(self.inputs, results[-len(self.inputs) :], strict=True))
+            for place, position in self.returned:
+                results[place] = new[position]
+            output.args = (tuple(results),)
+            module.recompile()
+
     def wrap(self, run: Run) -> Run:
         """The call with its updates."""
         if not self.inputs:
@@ -117,9 +131,10 @@ def write_back(
             _copy(graph, named[update.placeholder], values[update.value])
     _without_gradients(graph, sum(not update.history for update in inside), grad_enabled, output)
     drop_idle_modes(graph, grad_enabled)
-    moved = {update.placeholder: values[update.value] for update in outside}
+    moved = [update.placeholder for update in outside]
     results = [
-        values[each] if isinstance(each, int) else moved.get(each, named[each]) for each in outputs
+        values[each] if isinstance(each, int) else (None if each in moved else named[each])
+        for each in outputs
     ]
     output.args = ((*results, *(values[update.value] for update in outside)),)
     module.recompile()
