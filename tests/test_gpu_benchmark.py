@@ -28,7 +28,9 @@ def test_a_case_that_is_none_is_refused() -> None:
         gpu_norms.main(["--only", "no such norm"])
 
 
-@pytest.mark.parametrize("norm", [n for n in gpu_cases.CASES if n.name != "general"], ids=str)
+@pytest.mark.parametrize(
+    "norm", [n for n in gpu_cases.CASES if n.name != "general"], ids=lambda norm: norm.name
+)
 def test_the_models_of_a_case_are_one_formula(norm: gpu_cases.Norm) -> None:
     shape = (2, 64, 3, 3) if len(norm.sizes[0]) == 4 else (2, 3, 16)
     case = gpu_cases.Case(norm, shape, "channels_last", "float32")

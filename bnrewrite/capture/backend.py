@@ -140,7 +140,7 @@ class Compiler:
     ) -> Run:
         if backend == "eager":
             restore_checkpoints(graph)
-        if DistributedDataParallel._get_active_ddp_module() is not None:
+        if DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
             around.fill(graph)
         return around.wrap(run_by(backend, graph, example_inputs, self.mode))
 
