@@ -140,7 +140,8 @@ class Compiler:
     ) -> Run:
         if backend == "eager":
             restore_checkpoints(graph)
-        if DistributedDataParallel._get_active_ddp_module() is not None:  # type: ignore[no-untyped-call]
+        active: Any = DistributedDataParallel._get_active_ddp_module
+        if active() is not None:
             around.fill(graph)
         return around.wrap(run_by(backend, graph, example_inputs, self.mode))
 
