@@ -104,7 +104,7 @@ def _never_loaded(noticed: Sequence[Noticed], model: nn.Module) -> Iterator[Find
 def _is_unset(model: nn.Module, stored: StoredStatistics) -> bool:
     """Whether a mean is zero, and a variance one or zero, in every channel."""
     mean, variance = (_tensor(model, path) for path in (stored.mean, stored.variance))
-    if mean is None or variance is None or not mean.numel():
+    if mean is None or variance is None or not mean.numel() or mean.is_meta:
         return False
     return bool((mean == 0).all() and _is_initial(variance))
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.aliases import outputs_of
 
-CALL = "_call"  # the code through which an optimised model is called
+CALLS = "bnrewrite.capture.hook"  # where the code is through which an optimised model is called
 Run = Callable[..., Any]
 
 
@@ -31,7 +31,7 @@ def sizes_without_meaning() -> Iterator[None]:
 
 def mark_samples(frame: Any) -> None:
     """Make the leading dimensions of the arguments of a model's call symbolic."""
-    if frame.f_code.co_name != CALL:
+    if frame.f_globals.get("__name__") != CALLS:
         return
     given = frame.f_locals
     for each in tree_leaves((given.get("args"), given.get("kwargs"))):
