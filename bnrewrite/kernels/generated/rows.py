@@ -48,7 +48,8 @@ class _Rows:
         """The lengths, and how far ahead of a first pass memory is asked for."""
         groups = " * ".join([f"n{i}" for i in self.source.layout.kept]) or "1"
         outer = " * ".join([f"n{i}" for i in self.reduced]) or "1"
-        ahead = f"length < FAR ? s{self.reduced[-1]} : FAR" if self.reduced else "FAR"
+        apart = f"s{self.reduced[-1]}" if self.reduced else "FAR"  # short rows: the next one
+        ahead = f"length < FAR && {apart} > FAR ? {apart} : FAR"
         return [
             f"  const int64_t groups = {groups}, length = n{self.last}, outer = {outer};",
             f"  const int64_t ahead = {ahead}; (void)ahead;",
