@@ -33,7 +33,8 @@ class Normal(sympy.Function):  # type: ignore[misc]
 
     def fdiff(self, argindex: int = 1) -> Any:
         """The density."""
-        return sympy.exp(-(self.args[0] ** 2) / 2) * sympy.Float(1 / math.sqrt(2 * math.pi))
+        z: Any = self.args[0]
+        return sympy.exp(-(z**2) / 2) * sympy.Float(1 / math.sqrt(2 * math.pi))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Activation:
 
     Attributes:
         torch: the same by torch.
-        formula: of z; None where it is made of pieces.
+        formula: an expression of z; None where it is made of pieces.
         pieces: the result for a number ``made``, and the cotangent for that of the result,
             ``given``, in C++.
         of_result: the pieces of the cotangent are the same for a result as for its ``made``, and
@@ -50,7 +51,7 @@ class Activation:
     """
 
     torch: Callable[[Tensor], Tensor]
-    formula: sympy.Expr | None = None
+    formula: Any = None
     pieces: tuple[str, str] = ("", "")
     of_result: bool = False
 
