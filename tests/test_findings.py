@@ -216,3 +216,26 @@ def test_a_norm_in_a_checkpointed_block_has_its_findings() -> None:
         return y / y.abs().amax(-1, keepdim=True)
 
     assert codes(block, torch.randn(4, 6, requires_grad=True)) == {"BNR008", "BNR009"}
+
+
+class Unused(nn.Module):
+    """A batch norm that has a buffer and does not use it in training."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("variance", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = (x.mean(0), x.var(0)) if self.training else (self.mean, self.variance)
+        return (x - mean) / (variance + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_said_of_values_that_are_not_there(training: bool) -> None:
+    model, x = Unused().train(training), torch.randn(3, 4)
+    assert explain(model, x).findings != []
+    assert explain(model.to("meta"), x.to("meta")).findings == []

@@ -104,9 +104,9 @@ def _never_loaded(noticed: Sequence[Noticed], model: nn.Module) -> Iterator[Find
 def _is_unset(model: nn.Module, stored: StoredStatistics) -> bool:
     """Whether a mean is zero, and a variance one or zero, in every channel."""
     mean, variance = (_tensor(model, path) for path in (stored.mean, stored.variance))
-    if mean is None or variance is None or not mean.numel() or mean.is_meta:
+    if mean is None or variance is None or not mean.numel():
         return False
-    return bool((mean == 0).all() and _is_initial(variance))
+    return _is_initial(variance) and bool((mean == 0).all())
 
 
 def _shares_buffers(model: nn.Module) -> bool:
@@ -187,8 +187,8 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_initial(buffer: torch.Tensor) -> bool:
-    """All zeros or all ones."""
-    floating = buffer.is_floating_point() and buffer.numel() > 0
+    """All zeros or all ones, where it has values."""
+    floating = buffer.is_floating_point() and buffer.numel() > 0 and not buffer.is_meta
     return floating and bool((buffer == 0).all() or (buffer == 1).all())
 
 
