@@ -88,8 +88,8 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Affines behind linear maps are folded however small the tensors are."""
-    monkeypatch.setattr("bnrewrite.passes.spell.SMALLEST", 0)
-    monkeypatch.setattr("bnrewrite.passes.spell.TIMES", 0)
+    monkeypatch.setattr("bnrewrite.passes.costs.SMALLEST_FOLD", 0)
+    monkeypatch.setattr("bnrewrite.passes.costs.WEIGHTS", 0)
 
 
 @pytest.fixture

@@ -30,6 +30,10 @@ PROGRAMS = {
         "x[a b d] over d; t0[d]; t1[d]; centre = M; "
         "scale = t0/(Root(V*N/(N-1)) + 1.0e-3); shift = t1*Root(V)"
     ),
+    "corrected": (
+        "x[n c h w] over n h w; t0[c]; t1[c]; centre = M; shift = t1; "
+        "scale = t0*(V*N/Max(1, N - 1) + 1.0e-5)**(-1/2); u0 = V*N/Max(1, Nn - 1)"
+    ),
     "detached": "x[a b d] over d; t0[d]; centre = M; scale = t0*(Vs + 1.0e-5)**(-1/2)",
     "running": (
         "x[n c h w] over n h w; t0[c]; t1[c]; t2[c] fixed; t3[c] fixed; "

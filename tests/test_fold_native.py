@@ -117,7 +117,7 @@ def test_what_is_not_folded_is_no_site(
 
 
 def test_a_result_that_is_small_beside_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnrewrite.passes.spell.TIMES", 2)
+    monkeypatch.setattr("bnrewrite.passes.costs.WEIGHTS", 2)
     assert not sites(conv()).sites
     assert sites(conv(), X.repeat(9, 1, 1, 1)).sites
 

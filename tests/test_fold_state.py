@@ -268,7 +268,7 @@ def test_several_threads() -> None:
 def test_a_batch_too_small_to_look_at_the_weight(
     monkeypatch: pytest.MonkeyPatch, computed: list[bool]
 ) -> None:
-    monkeypatch.setattr("bnrewrite.passes.spell.TIMES", 4)
+    monkeypatch.setattr("bnrewrite.passes.costs.WEIGHTS", 4)
     users = Normed("conv2d", centred).eval()  # 216 numbers in the weight, 120 in each result
     model = bnrewrite.optimize(copy.deepcopy(users), dynamic=True)
     sizes = (8, 7, 8)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.kernels import KERNELS, copied, norm, norm_with_updates
+from bnrewrite.kernels import KERNELS, never_kept, norm, norm_with_updates
 
 _DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
 
@@ -46,7 +46,7 @@ def _is_kept(node: fx.Node, user: fx.Node) -> bool:
     if user.target not in (norm, norm_with_updates):
         return True
     text, x, *tensors = user.args
-    without = copied(str(text))
+    without = never_kept(str(text))
     return x is node or any(each is node and i not in without for i, each in enumerate(tensors))
 
 

@@ -9,9 +9,10 @@ from .batched import batch_norm
 from .folding import folded
 from .frozen import frozen_batch_norm
 from .generated import (
+    FLOATING,
     check_program,
-    copied,
     may_follow_residual,
+    never_kept,
     norm,
     norm_with_updates,
     why_no_kernels,
@@ -23,16 +24,17 @@ from .synchronised import synchronised_moments
 from .triton import operator_of, why_no_triton
 
 __all__ = [
+    "FLOATING",
     "KERNELS",
     "batch_norm",
     "check_program",
-    "copied",
     "folded",
     "frozen_batch_norm",
     "group_norm",
     "has_dense_channels",
     "layer_norm",
     "may_follow_residual",
+    "never_kept",
     "norm",
     "norm_with_updates",
     "operator_of",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from .arranged import FLOATING
 from .build import why_no_kernels
 from .call import norm, norm_with_updates
-from .check import check_program, copied, may_follow_residual
+from .check import check_program, may_follow_residual, never_kept
 
 __all__ = [
+    "FLOATING",
     "check_program",
-    "copied",
     "may_follow_residual",
+    "never_kept",
     "norm",
     "norm_with_updates",
     "why_no_kernels",

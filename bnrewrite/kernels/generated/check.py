@@ -40,6 +40,6 @@ def may_follow_residual(text: str) -> bool:
     return found is not None and found.of_result
 
 
-def copied(text: str) -> frozenset[int]:
+def never_kept(text: str) -> frozenset[int]:
     """The numbers of the tensors that no backward keeps: it reads copies, or none."""
     return parse(text).fixed

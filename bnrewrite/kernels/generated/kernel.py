@@ -14,20 +14,18 @@ import torch
 from torch import Tensor
 
 from .activations import activation
+from .arranged import FLOATING, Order, fits, order_of, order_of_groups
 from .build import NoCompiler, library
 from .columns import columns_source
 from .functions import functions_source
-from .layout import Layout, arrange
+from .layout import arrange
 from .printing import Source, Unprintable
-from .program import Program, parse
+from .program import parse
 from .rows import rows_source
 
 logger = logging.getLogger(__name__)
 
 SMALL = 32768  # elements for which another thread is worth its start
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-Order = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     given = (x, *tensors)
     if any(t.dtype not in FLOATING for t in given) or not x.numel():
         return None
-    if not _fits(program, x, tensors):
+    if not fits(program, x.shape, [t.shape for t in tensors]):
         return None
     strides = torch.empty_like(x).stride()
     arranged = arrange(program, x.shape, strides)
@@ -106,7 +104,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         return None
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
-    orders = (_order(own, layout.order(i), sizes) for i, own in enumerate(program.tensors))
+    orders = (order_of(own, layout.order(i), sizes) for i, own in enumerate(program.tensors))
     return Kernel(
         forward=functions.forward,
         backward=functions.backward,
@@ -117,7 +115,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         groups=math.prod(groups),
         saved=1 if program.about_zero else 2,
         orders=tuple(orders),
-        kept=_kept(program, layout, sizes),
+        kept=order_of_groups(program, layout, sizes),
         single=torch.float64 if source.single == "double" else torch.float32,
         result=result,
         free=tuple(source.free()),
@@ -143,29 +141,3 @@ def compiled_functions(source: Source) -> ctypes.CDLL | None:
     except NoCompiler as reason:
         logger.warning("a norm runs without a kernel of its own: %s", reason)
         return None
-
-
-def _fits(program: Program, x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor has the elements that a kernel reads."""
-    if len(tensors) != len(program.tensors) + program.residual:
-        return False
-    sizes = program.axis_sizes(x.shape)
-    if program.residual and tensors[-1].shape != x.shape:
-        return False
-    wanted = (math.prod(sizes[axis] for axis in own) for own in program.tensors)
-    return all(t.numel() == count for t, count in zip(tensors, wanted, strict=False))
-
-
-def _order(own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, int]) -> Order | None:
-    """How a tensor is permuted to the order of memory; None where it is in it."""
-    present = [axis for axis in own if axis in wanted]  # others have one element
-    if tuple(present) == wanted:
-        return None
-    return [sizes[axis] for axis in present], [present.index(axis) for axis in wanted]
-
-
-def _kept(program: Program, layout: Layout, sizes: dict[str, int]) -> Order:
-    memory = [axis for loop in layout.loops if not loop.reduced for axis in loop.axes]
-    single = [axis for axis in program.kept() if axis not in memory]  # of one element
-    memory = [*single, *memory]
-    return [sizes[axis] for axis in memory], [memory.index(axis) for axis in program.kept()]

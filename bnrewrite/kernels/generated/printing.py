@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ class _Groups(CXX17CodePrinter):  # type: ignore[misc]
         factors = [f"({base})"] * int(whole) + [f"std::sqrt({base})"] * (power.q == 2)
         product = " * ".join(factors)
         return f"({product})" if power > 0 else f"(1 / ({product}))"
+
+    def _print_Max(self, expr: Any) -> str:
+        *others, last = (str(self._print(each)) for each in expr.args)
+        return "".join(f"std::max<double>({each}, " for each in others) + last + ")" * len(others)
 
     def _print_Larger(self, value: Any) -> str:
         return f"larger({self._print(value.args[0])}, {self._print(value.args[1])})"
@@ -194,29 +198,31 @@ class Source:
             ("const acc", "moments"), (x, "dx"), (x, "dresidual"), *given, *wanted,
         ]  # fmt: skip
 
-    def index(self, number: int, names: dict[int, str] | None = None, *, without: int = -1) -> str:
+    def index(self, number: int, *, without: int = -1) -> str:
         """Where the element of a tensor lies; ``without`` the densest loops, times their length."""
         result = ""
         for loop in self.runs(number):
-            name = "0" if loop == without else (names or {}).get(loop, f"i{loop}")
+            name = "0" if loop == without else f"i{loop}"
             result = f"({result}) * n{loop} + {name}" if result else name
         return result or "0"
 
-    def coefficients(self, gradients: bool = False) -> list[str]:
+    def coefficients(self) -> list[str]:
         """Definitions of a_i, b_j and the centre of a group, from M, V and its tensors."""
-        named = [*self._named("a", self.program.scale), *self._named("b", self.program.shift)]
-        if self.has_centre:
-            named.append(("centre", self.program.centre))
-        return of_groups([(f"{name}_", value) for name, value in named], "common")
+        return of_groups([(f"{name}_", value) for name, value in self.named()], "common")
 
     def names(self) -> list[str]:
         """The names of the coefficients of a group."""
-        named = [*self._named("a", self.program.scale), *self._named("b", self.program.shift)]
-        return [name for name, _ in named] + ["centre"] * self.has_centre
+        return [name for name, _ in self.named()]
 
-    @staticmethod
-    def _named(letter: str, terms: tuple[Term, ...]) -> list[tuple[str, sympy.Expr]]:
-        return [(f"{letter}{i}", t.group) for i, t in enumerate(terms) if t.group != 1]
+    def named(self, *, shift: bool = True) -> list[tuple[str, sympy.Expr]]:
+        """The coefficients of a group: a_i, b_j where the shift is wanted, and the centre."""
+        named = [
+            (f"{letter}{i}", term.group)
+            for letter, terms in (("a", self.program.scale), ("b", self.program.shift))
+            for i, term in enumerate(terms)
+            if term.group != 1 and (shift or letter == "a")
+        ]
+        return [*named, *([("centre", self.program.centre)] if self.has_centre else [])]
 
     def factor(self, letter: str, place: int, names: dict[str, str] | None = None) -> list[str]:
         """The name of a term's value of the group, where it is not one."""
@@ -234,13 +240,17 @@ class Source:
         """Whether that is the mean."""
         return self.program.centre in (M, Ms)
 
-    def affine(self, names: dict[str, str] | None = None) -> tuple[str, str]:
-        """A and B of an element, from the coefficients of its group."""
+    def affine(self, of_elements: Callable[[sympy.Expr], str] = of_elements) -> tuple[str, str]:
+        """A and B of an element, from the coefficients of its group.
+
+        Args:
+            of_elements: prints what varies inside the group, in another language.
+        """
 
         def written(letter: str, terms: tuple[Term, ...]) -> str:
             parts = []
             for i, term in enumerate(terms):
-                factors = self.factor(letter, i, names)
+                factors = self.factor(letter, i)
                 if term.element != 1 or not factors:
                     factors.append(f"({of_elements(term.element)})")
                 parts.append(" * ".join(factors))

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
-from .kernel import Kernel, Order
+from .arranged import back, dense, like
+from .kernel import Kernel
 from .program import before_residual, parse
 from .reference import reference
 
@@ -28,12 +29,12 @@ def forward(
         given: the tensors of the program, then the residual, where it has one.
     """
     count = len(kernel.orders)
-    residual = _like(given[count], x) if kernel.residual else None
+    residual = like(given[count], x) if kernel.residual else None
     y = torch.empty_like(x, dtype=kernel.result)
     moments = x.new_empty((kernel.saved, kernel.groups), dtype=kernel.single)
     new = [moments.new_empty(kernel.groups) for _ in range(kernel.updates)]
-    dense = [_dense(t, order) for t, order in zip(given[:count], kernel.orders, strict=True)]
-    kernel.run(kernel.forward, [x, residual, y, moments, *new, *dense])
+    ordered = [dense(t, order) for t, order in zip(given[:count], kernel.orders, strict=True)]
+    kernel.run(kernel.forward, [x, residual, y, moments, *new, *ordered])
     sizes, places = kernel.kept
     return y, moments, tuple(update.view(sizes).permute(places) for update in new)
 
@@ -66,21 +67,21 @@ class Recorded(torch.autograd.Function):
         dy = cotangents[0]
         if torch.is_grad_enabled() or not are_plain(dy):
             return (None, None, *of_reference(ctx.text, [x, *given], needed, dy))
-        dy = _like(dy, x)
+        dy = like(dy, x)
         tensors = given[: len(kernel.orders)]
         y = given[-1] if kernel.residual else None
         dx = torch.empty_like(x) if needed[0] else None
         dresidual = torch.empty_like(x) if kernel.residual else None
-        dense = [
-            None if t is None else _dense(t, order)
+        ordered = [
+            None if t is None else dense(t, order)
             for t, order in zip(tensors, kernel.orders, strict=True)
         ]
-        made = [torch.empty_like(dense[i]) for i in kernel.free]
-        kernel.run(kernel.backward, [dy, x, y, moments, dx, dresidual, *dense, *made])
+        made = [torch.empty_like(ordered[i]) for i in kernel.free]
+        kernel.run(kernel.backward, [dy, x, y, moments, dx, dresidual, *ordered, *made])
         found: list[Tensor | None] = [dx, *[None] * len(tensors)]
         for i, gradient in zip(kernel.free, made, strict=True):
             if needed[1 + i]:
-                found[1 + i] = _back(gradient, tensors[i], kernel.orders[i])
+                found[1 + i] = back(gradient, tensors[i], kernel.orders[i])
         return (None, None, *found, *([dresidual] if kernel.residual else []))
 
 
@@ -140,25 +141,3 @@ def _alias(tensor: Tensor, needed: bool) -> Tensor:
     if tensor.requires_grad:
         return tensor.view_as(tensor)
     return tensor.detach().requires_grad_(needed)
-
-
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    """A tensor in the layout of x."""
-    if tensor.stride() == x.stride():
-        return tensor
-    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
-
-
-def _dense(tensor: Tensor, order: Order | None) -> Tensor:
-    if order is None:
-        return tensor.contiguous()
-    sizes, places = order
-    return tensor.reshape(sizes).permute(places).contiguous()
-
-
-def _back(made: Tensor, tensor: Tensor, order: Order | None) -> Tensor:
-    """A gradient in the shape of its tensor."""
-    if order is None:
-        return made
-    places = order[1]
-    return made.permute([places.index(dim) for dim in range(len(places))]).reshape(tensor.shape)

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 
 from ..generated.activations import Activation, Z, activation
+from ..generated.printing import Unprintable
 from .formulas import FormulaPrinter
 
 NEAR = 0.25  # where the series of tanh is taken: each term is 0.025 of the one before, or less
@@ -48,9 +49,12 @@ def _pieces(text: str) -> tuple[str, str]:
     if name == "leaky_relu":
         made = f"tl.where(made > 0.0, made, made * {float(slope)})"
         return made, f"tl.where(made > 0.0, d, d * {float(slope)})"
-    above = "tl.where(made > 6.0, 6.0, made)" if name == "relu6" else "made"
-    flat = "(made <= 0.0) | (made >= 6.0)" if name == "relu6" else "made <= 0.0"
-    return f"tl.where(made < 0.0, 0.0, {above})", f"tl.where({flat}, 0.0, d)"
+    if name == "relu6":
+        made = "tl.where(made < 0.0, 0.0, tl.where(made > 6.0, 6.0, made))"
+        return made, "tl.where((made <= 0.0) | (made >= 6.0), 0.0, d)"
+    if name == "relu":
+        return "tl.where(made < 0.0, 0.0, made)", "tl.where(made <= 0.0, 0.0, d)"
+    raise Unprintable(f"Triton has no pieces of {name}")
 
 
 def _printed(formula: sympy.Expr, name: str, single: str) -> list[str]:

@@ -155,7 +155,7 @@ def _statistics(tiled: Tiled, loops: Sequence[int]) -> list[str]:
     """Moments, tensors, and the coefficients of each group."""
     program, firm = tiled.program, tiled.read
     shift = tiled.masks
-    named = tiled.coefficients(shift=shift)
+    named = tiled.source.named(shift=shift)
     places = {place for _, second in tiled.gradients.inside.values() for place, _ in second}
     if not shift:
         named += [
@@ -177,14 +177,14 @@ def _read(tiled: Tiled, *, residual: bool = True) -> list[str]:
     program, acc = tiled.program, tiled.acc
     lines = [
         f"value = tl.load(x + at, mask=inside, other=0.0).to({acc})",
-        f"u = {'value - centre' if tiled.has_centre else 'value'}",
+        f"u = {'value - centre' if tiled.source.has_centre else 'value'}",
         f"d = tl.load(dy + at, mask=inside, other=0.0).to({acc})",
     ]
     if program.activation:
         if program.residual:
             lines.append(f"made = tl.load(y + at, mask=inside, other=0.0).to({acc})")
         else:
-            scale, shift = tiled.affine()
+            scale, shift = tiled.source.affine(of_elements)
             lines.append(f"made = ({scale}) * u" + (f" + ({shift})" if shift else ""))
         lines += differentiated(program.activation, tiled.single)
     if program.residual and residual:
@@ -234,7 +234,7 @@ def _stored_own(tiled: Tiled) -> list[str]:
 
 
 def _input_gradient(tiled: Tiled) -> list[str]:
-    scale, _ = tiled.affine()
+    scale, _ = tiled.source.affine(of_elements)
     distance = "value" if tiled.program.about_zero else "(value - middle)"
     return [f"tl.store(dx + at, ({scale}) * d + level + along * {distance}, mask=inside)"]
 

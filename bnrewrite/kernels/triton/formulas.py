@@ -66,6 +66,10 @@ class _Single(FormulaPrinter):
     def _inverse(self, base: str) -> str:
         return f"tl.div_rn(1.0, {base})"
 
+    def _print_Max(self, expr: Any) -> str:
+        *others, last = (str(self._print(each)) for each in expr.args)
+        return "".join(f"tl.maximum({each}, " for each in others) + last + ")" * len(others)
+
     def _print_Larger(self, value: Any) -> str:
         first, bound = (self._print(each) for each in value.args)
         return f"tl.where(({first}) < {bound}, {bound}, {first})"

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from ..generated.program import Program
 from .activations import activated
+from .formulas import of_elements
 from .source import Tiled, indented
 
 
@@ -183,7 +184,7 @@ def _of_groups(tiled: Tiled) -> list[str]:
     """The coefficients and updates of each group."""
     program = tiled.program
     every = range(len(program.tensors))
-    named = [*tiled.coefficients(), *((f"u{i}", u) for i, u in enumerate(program.updates))]
+    named = [*tiled.source.named(), *((f"u{i}", u) for i, u in enumerate(program.updates))]
     saved = ["saved_V = V"] if program.about_zero else ["saved_M, saved_V = M, V"]
     return [
         *saved,
@@ -210,8 +211,8 @@ def _stored(tiled: Tiled) -> list[str]:
 
 def _written(tiled: Tiled) -> list[str]:
     """An element of y."""
-    scale, shift = tiled.affine()
-    u = "(value - centre)" if tiled.has_centre else "value"
+    scale, shift = tiled.source.affine(of_elements)
+    u = "(value - centre)" if tiled.source.has_centre else "value"
     made = f"({scale}) * {u}" + (f" + ({shift})" if shift else "")
     lines = [f"made = {made}"]
     if tiled.program.residual:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import wrap_triton
 
+from ..generated.arranged import FLOATING, Order, back, dense, fits, like, order_of, order_of_groups
 from ..generated.check import check_program
 from ..generated.layout import arrange
 from ..generated.program import parse
@@ -26,7 +27,6 @@ from .forward import given
 from .source import Tiled
 from .tiles import Tile, tile
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1  # the elements that 32 bits count
 FORWARD = {True: ("forward",), False: ("forward_moments", "forward_apply")}
 BACKWARD = {True: ("backward",), False: ("backward_sums", "backward_apply")}
@@ -61,6 +61,15 @@ class Launch:
     def groups(self) -> Any:
         """How many groups there are."""
         return math.prod(self.lengths[i] for i in self.tiled.groups)
+
+    def order(self, number: int) -> Order | None:
+        """How a tensor of the program is permuted to the order of the loops."""
+        tiled = self.tiled
+        return order_of(tiled.program.tensors[number], tiled.layout.order(number), self.sizes)
+
+    def ordered(self, number: int, tensor: Tensor) -> Tensor:
+        """A tensor of the program in the order of the loops."""
+        return dense(tensor, self.order(number))
 
     def along(self, loops: Sequence[int]) -> list[Any]:
         """The lengths of some loops."""
@@ -109,13 +118,7 @@ def _launch_of(
         return None
     if check_program(text) is not None:
         return None
-    sizes = program.axis_sizes(shape)
-    if len(shapes) != len(program.tensors) + program.residual:
-        return None
-    if program.residual and shapes[-1] != shape:
-        return None
-    wanted = [math.prod(sizes[axis] for axis in own) for own in program.tensors]
-    if any(math.prod(each) != n for each, n in zip(shapes, wanted, strict=False)):
+    if not fits(program, shape, shapes):
         return None
     arranged = arrange(program, shape, strides)
     if arranged is None:
@@ -139,7 +142,7 @@ def _launch_of(
     return Launch(
         tiled=tiled,
         lengths=tuple(lengths),
-        sizes=sizes,
+        sizes=program.axis_sizes(shape),
         forward=before,
         backward=after,
         single=torch.float64 if double else torch.float32,
@@ -170,32 +173,23 @@ def run_forward(
     y = torch.empty_like(x, dtype=launch.result)
     moments = x.new_empty((1 if program.about_zero else 2, launch.groups), dtype=launch.single)
     updates = [moments.new_empty(launch.groups) for _ in program.updates]
-    dense = [dense_like(launch, i, t) for i, t in enumerate(tensors[:count])]
+    ordered = [launch.ordered(i, t) for i, t in enumerate(tensors[:count])]
     pointers = [x, *residual, y, moments, *updates]
     assert len(pointers) + count == len(given(program))
     blocks = -(-launch.groups // cut.groups)
     if cut.whole:
-        launch.run("forward", blocks, cut, *pointers, *dense, parts=False)
+        launch.run("forward", blocks, cut, *pointers, *ordered, parts=False)
     else:
         parts = (cut.steps, cut.parts, cut.parts_e)
         both = x.new_empty((moments.shape[0], cut.parts, launch.groups), dtype=launch.single)
         partial = list(both.unbind())
         launch.run("forward_moments", blocks * cut.parts, cut, x, *partial, *parts, parts=False)
         launch.run(
-            "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *dense, *parts,
+            "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *ordered, *parts,
             parts=True,
         )  # fmt: skip
-    return y, moments, [_update(launch, update) for update in updates]
-
-
-def _update(launch: Launch, update: Tensor) -> Tensor:
-    """A value of each group along the kept axes."""
-    tiled = launch.tiled
-    memory = [axis for i in tiled.groups for axis in tiled.layout.loops[i].axes]
-    kept = tiled.program.kept()
-    memory = [*(axis for axis in kept if axis not in memory), *memory]  # those of one element first
-    made = update.view([launch.sizes[axis] for axis in memory])
-    return made.permute([memory.index(axis) for axis in kept])
+    sizes, places = order_of_groups(program, launch.tiled.layout, launch.sizes)
+    return y, moments, [update.view(sizes).permute(places) for update in updates]
 
 
 def run_backward(
@@ -219,7 +213,7 @@ def run_backward(
     tiled, cut, program = launch.tiled, launch.backward, launch.tiled.program
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if program.residual else None
-    firm = [dense_like(launch, i, tensors[i]) for i in tiled.read]
+    firm = [launch.ordered(i, tensors[i]) for i in tiled.read]
     before = [like(dy, x), x, *([] if y is None else [y]), moments]
     extra = [] if dresidual is None else [dresidual]
     own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]
@@ -268,25 +262,5 @@ def _gathered(
     made = made.reshape(launch.along(loops))
     if away:
         made = made.sum(away)
-    wanted = tiled.layout.order(number)
-    present = [axis for axis in tiled.program.tensors[number] if axis in wanted]
-    made = made.reshape([launch.sizes[axis] for axis in wanted])
-    made = made.permute([wanted.index(axis) for axis in present])
-    return made.reshape(tensor.shape).to(tensor.dtype)
-
-
-def dense_like(launch: Launch, number: int, tensor: Tensor) -> Tensor:
-    """A tensor of the program in the order of the loops."""
-    wanted = launch.tiled.layout.order(number)
-    present = [axis for axis in launch.tiled.program.tensors[number] if axis in wanted]
-    if tuple(present) == wanted:
-        return tensor.contiguous()
-    split = tensor.reshape([launch.sizes[axis] for axis in present])
-    return split.permute([present.index(axis) for axis in wanted]).contiguous()
-
-
-def like(tensor: Tensor, x: Tensor) -> Tensor:
-    """A tensor in the layout of x."""
-    if tensor.stride() == x.stride():
-        return tensor
-    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+    made = made.reshape([launch.sizes[axis] for axis in tiled.layout.order(number)])
+    return back(made, tensor, launch.order(number)).reshape(tensor.shape).to(tensor.dtype)

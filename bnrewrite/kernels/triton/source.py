@@ -23,8 +23,8 @@ import sympy
 from ..generated.gradients import Gradients, gradients
 from ..generated.layout import Layout
 from ..generated.printing import Source
-from ..generated.program import M, Ms, Program, Term, V, Vs, parse
-from .formulas import of_elements, of_groups, wants_double
+from ..generated.program import M, Ms, Program, V, Vs, parse
+from .formulas import of_groups, wants_double
 
 
 @dataclass(frozen=True)
@@ -282,39 +282,9 @@ class Tiled:
         names += ["V"] if self.program.about_zero else ["M", "V"]
         return [f"{name} = {name}.to(tl.float64)" for name in names]
 
-    def affine(self) -> tuple[str, str]:
-        """A and B of an element, from the coefficients of its group."""
-
-        def written(letter: str, terms: tuple[Term, ...]) -> str:
-            parts = []
-            for i, term in enumerate(terms):
-                factors = [] if term.group == 1 else [f"{letter}{i}"]
-                if term.element != 1 or not factors:
-                    factors.append(of_elements(term.element))
-                parts.append(" * ".join(f"({factor})" for factor in factors))
-            return " + ".join(parts)
-
-        return written("a", self.program.scale), written("b", self.program.shift)
-
-    def coefficients(self, *, shift: bool = True) -> list[tuple[str, sympy.Expr]]:
-        """The values of a group from which its elements are made."""
-        terms = [("a", self.program.scale), *([("b", self.program.shift)] if shift else [])]
-        named = [
-            (f"{letter}{i}", term.group)
-            for letter, each in terms
-            for i, term in enumerate(each)
-            if term.group != 1
-        ]
-        return [*named, *([("centre", self.program.centre)] if self.has_centre else [])]
-
     def narrowed(self, names: Sequence[str]) -> list[str]:
         """Values of a group in the type that is computed in."""
         return [f"{name} = {name}.to({self.acc})" for name in names] if self.double else []
-
-    @property
-    def has_centre(self) -> bool:
-        """Whether something is subtracted from x first."""
-        return bool(self.program.centre != 0)
 
 
 def indented(lines: Sequence[str], depth: int = 1) -> list[str]:
