@@ -24,11 +24,11 @@ from bnrewrite.algebra.calls import dtype_of, is_tensor, name_of
 from bnrewrite.kernels.folding import Unfoldable
 from bnrewrite.report.site import REWRITTEN
 
+from .costs import fewest
 from .joint import Joint
 from .linear_maps import linear_map
-from .nodes import Unwritable, current
+from .nodes import Unwritable, current, live_nodes
 from .rewriting import Decision, Rewriting
-from .spell import fewest
 from .stored import Stored
 from .writing import hint
 
@@ -49,7 +49,7 @@ class Fold:
             return
         if any(each.record is None for each in decisions):
             return  # they were not lowered
-        stored, live = Stored(rewriting, rewriting.reading), _live(rewriting.graph)
+        stored, live = Stored(rewriting, rewriting.reading), live_nodes(rewriting.graph)
         for decision in affine:
             assert decision.record is not None
             if decision.record.status == REWRITTEN:
@@ -84,18 +84,6 @@ def _fold(rewriting: Rewriting, decision: Decision, stored: Stored, live: set[fx
     decision.record = replace(
         decision.record, lowering=decision.lowering, notes=tuple(decision.notes)
     )
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that something is made of: what lowerings left behind goes with ``Cleanup``."""
-    *_, output = graph.nodes
-    found, todo = {output}, [output]
-    while todo:
-        for node in todo.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                todo.append(node)
-    return found
 
 
 def _is_half(node: fx.Node) -> bool:

@@ -225,3 +225,15 @@ def holds_tensor(value: object) -> TypeGuard[fx.Node]:
 def plain(value: Number) -> float | int:
     """A coefficient as an operation takes it."""
     return value if isinstance(value, int) else float(value)
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that something is made of: what lowerings left behind goes with ``Cleanup``."""
+    *_, output = graph.nodes
+    found, todo = {output}, [output]
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                todo.append(node)
+    return found

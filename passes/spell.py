@@ -17,6 +17,7 @@ from torch import fx
 
 from bnrewrite.algebra.anchors import elements
 
+from .costs import fewest
 from .linear_maps import linear_map
 from .nodes import Nodes, aten
 from .rewriting import Rewriting
@@ -26,10 +27,6 @@ BATCH_NORMS = (
     aten._native_batch_norm_legit_no_training.default,
     aten._native_batch_norm_legit.no_stats,
 )
-# A float32 number of the weight takes 0.22 ns to compare, one of the result 0.15 ns to transform
-# (one core, docs/decisions/0015-fold.md); comparing four vectors takes as long as 30,000 of these.
-SMALLEST = 65536  # elements of the result
-TIMES = 8  # as many elements of the result as of the weight
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,6 @@ def spelled(rewriting: Rewriting) -> Iterator[dict[fx.Node, fx.Node]]:
     for formula, result in found.items():
         formula.replace_all_uses_with(result)
         formula.meta["replaced_by"] = result
-
-
-def fewest(weight: fx.Node) -> int:
-    """The elements of a result from which on looking at the stored tensors pays."""
-    return int(max(SMALLEST, TIMES * elements(weight)))
 
 
 def _may_fold(rewriting: Rewriting) -> bool:

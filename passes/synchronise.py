@@ -28,7 +28,7 @@ from bnrewrite.algebra.ring import Ring
 from bnrewrite.kernels import synchronised_moments
 
 from .emitter import Emitter
-from .nodes import Nodes, Unwritable, Value, aten
+from .nodes import Nodes, Unwritable, Value, aten, live_nodes
 from .rewriting import Decision, Rewriting
 from .state import Update
 from .writing import Writing
@@ -200,10 +200,7 @@ def note_leftovers(rewriting: Rewriting, statistics: dict[int, list[fx.Node]]) -
         rewriting: with its decisions written.
         statistics: the user's reductions, by the number of the decision.
     """
-    live: set[fx.Node] = set()
-    for node in reversed(rewriting.graph.nodes):
-        if node.op == "output" or node in live or node.is_impure():
-            live.update(node.all_input_nodes)
+    live = live_nodes(rewriting.graph)
     for number, nodes in statistics.items():
         decision = rewriting.decisions[number]
         if decision.refusal is None and not live.isdisjoint(nodes):

@@ -152,7 +152,7 @@ class _Proofs:
             return
         x = torch.randn(given.shape, device=given.device).to(given.dtype)
         for training in (True, False):
-            pair = [each.train(training) for each in _copies(module, native)]
+            pair = [deep_copy(each).train(training) for each in (module, native)]
             found = verify(*pair, x, steps=2)
             if not found and not any("raised" in each for each in found.violations):
                 raise Unequal(f"it does not give the native values: {found.failures[0]}")
@@ -178,7 +178,3 @@ def _ignores_gradients(module: nn.Module, x: torch.Tensor) -> bool:
     except AssertionError:
         return False
     return True
-
-
-def _copies(module: nn.Module, native: nn.Module) -> tuple[nn.Module, nn.Module]:
-    return deep_copy(module), deep_copy(native)

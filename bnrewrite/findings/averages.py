@@ -8,7 +8,7 @@ k says what the old value weighs, f what the batch does, with the correction of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -143,8 +143,3 @@ def _moment(ring: Ring, moments: Sequence[Reduction], base: Reduction) -> Polyno
         return own
     mean = Polynomial({((means[0].id, 1),): 1})
     return added(own, scaled(ring.multiply(mean, mean), -1))
-
-
-def of_tensor(found: Sequence[Average], source: object) -> Iterator[Average]:
-    """The running statistics of one tensor."""
-    return (each for each in found if each.source is source)

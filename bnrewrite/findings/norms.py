@@ -27,7 +27,7 @@ from bnrewrite.capture.provenance import source_line
 from bnrewrite.report.findings import pathology
 from bnrewrite.report.site import Finding
 
-from .averages import Average, of_tensor
+from .averages import Average
 from .noticed import BatchStatistics, StoredStatistics
 from .updates import path_of
 
@@ -40,7 +40,7 @@ def of_norm(reading: Reading, found: Match, running: Sequence[Average]) -> Itera
         found: the norm.
         running: the running statistics that the graph updates.
     """
-    own = list(of_tensor(running, found.linear.source))
+    own = [each for each in running if each.source is found.linear.source]
     where = source_line(found.node)
     used = _divides_by(reading.ring, found, {each.buffer for each in own})
     if used:

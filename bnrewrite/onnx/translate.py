@@ -95,8 +95,8 @@ def output_names(program: ExportedProgram) -> list[str | None]:
     assert spec is not None
     paths, _ = tree_flatten_with_path(tree_unflatten(list(range(spec.num_leaves)), spec))
     names: list[str | None] = []
+    node_names = {node.name for node in program.graph.nodes}
     for (path, _), value in zip(paths, results, strict=True):
-        node_names = {node.name for node in program.graph.nodes}
         names.append(_joined(path) if isinstance(value, str) and value in node_names else None)
     return names
 
