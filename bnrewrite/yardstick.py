@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import first_line
 from .report.verdict import Check, Verification
 from .trial import Batch, Observation
 
@@ -130,7 +131,7 @@ class Yardstick:
     ) -> None:
         """Where the user's code raises, the optimised model must raise the same; else nothing."""
         what = [
-            f"raises {type(each).__name__} ({_first_line(each)})" if each else "does not raise"
+            f"raises {type(each).__name__} ({first_line(each)[:100]})" if each else "does not raise"
             for each in (user, optimised)
         ]
         causes = _with_causes(optimised)
@@ -318,8 +319,3 @@ def _with_causes(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0][:100]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ EXTENTS = st.sampled_from([1, 2, 3, 7, 16, 49, 64, 100, 257, 768, 1000, 4096, 10
 DENSE = {3: ((0, 1, 2), (2, 0, 1)), 4: ((0, 1, 2, 3), (0, 2, 3, 1))}
 
 
-def tiled_of(kind: str, shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[Tiled, list[int]]:
+def tiled_of(kind: str, shape: Sequence[int], order: tuple[int, ...]) -> tuple[Tiled, list[int]]:
     strides, inner = [0] * len(shape), 1
     for dim in reversed(order):
         strides[dim], inner = inner, inner * shape[dim]
@@ -31,7 +32,7 @@ def tiled_of(kind: str, shape: tuple[int, ...], order: tuple[int, ...]) -> tuple
 
 @settings(max_examples=300)
 @given(
-    kind=st.sampled_from([kind for kind in PROGRAMS if kind != "group"]),
+    kind=st.sampled_from(list(PROGRAMS)),
     extents=st.tuples(EXTENTS, EXTENTS, EXTENTS, EXTENTS),
     inside=st.booleans(),
     itemsize=st.sampled_from([2, 4]),
@@ -46,8 +47,13 @@ def test_a_tile_covers_its_program(
     processors: int,
     backward: bool,
 ) -> None:
-    rank = len(parse(PROGRAMS[kind]).dims)
-    tiled, lengths = tiled_of(kind, extents[:rank], DENSE[rank][inside])
+    program = parse(PROGRAMS[kind])
+    rank = len(program.dims)
+    shape = [  # a dimension of groups holds a multiple of their number
+        extent * math.prod(program.sizes.get(axis, 1) for axis in dim)
+        for dim, extent in zip(program.dims, extents[:rank], strict=True)
+    ]
+    tiled, lengths = tiled_of(kind, shape, DENSE[rank][inside])
     lanes = tiled.lanes if backward else []
 
     def count(loops: list[int]) -> int:

@@ -18,6 +18,7 @@ from torch._dynamo.types import ConvertFrameReturn
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.samples import mark_samples, sizes_without_meaning
+from bnrewrite.errors import first_line
 
 _EAGERLY = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 PATIENCE = 3  # failures on the user's operations before a function is no longer tried
@@ -88,7 +89,9 @@ class Tolerant:
         self._failures += 1
         passing = isinstance(error, TorchRuntimeError)
         if not passing or self._failures >= PATIENCE:
-            self._compiler.warn(f"Dynamo fails on it: {type(error).__name__}: {_first_line(error)}")
+            self._compiler.warn(
+                f"Dynamo fails on it: {type(error).__name__}: {first_line(error) or 'no message'}"
+            )
             return ConvertFrameReturn()
         return ConvertFrameReturn(frame_exec_strategy=_EAGERLY, apply_to_code=False)
 
@@ -97,8 +100,3 @@ def _is_wanted(error: Exception) -> bool:
     """Errors by which Dynamo steers itself, and those that the user has asked for."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"ResumePrologueTracingError", "FailOnRecompileLimitHit", "RecompileError"})
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"

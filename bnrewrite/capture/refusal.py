@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from bnrewrite.errors import first_line
+
 
 class CaptureError(Exception):
     """A graph that has no canonical form; the message is a sentence for the user."""
@@ -29,5 +31,4 @@ def sentence(error: Exception) -> str:
     """An exception in one line."""
     if isinstance(error, CaptureError):
         return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error) or 'no message'}"

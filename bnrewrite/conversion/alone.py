@@ -16,6 +16,7 @@ from bnrewrite.capture.autocast import ENTER
 from bnrewrite.capture.canonical import Canonical, canonicalise
 from bnrewrite.capture.hook import own_call
 from bnrewrite.capture.rebinding import find_rebindings
+from bnrewrite.errors import first_line
 from bnrewrite.options import Options
 from bnrewrite.oracle import deep_copy
 from bnrewrite.passes.rewriting import Rewriting
@@ -84,7 +85,9 @@ class Camera:
                 cause = getattr(error, "inner_exception", error)
                 if isinstance(cause, Unequal):
                     raise cause from None
-                reason = f"it cannot be captured as a whole: {_first_line(cause)}"
+                reason = (
+                    f"it cannot be captured as a whole: {first_line(cause) or type(cause).__name__}"
+                )
                 continue
             after = _attributes(subject)
             changed = [name for name in after if _differs(before.get(name), after[name])]
@@ -167,8 +170,3 @@ def _differs(before: Any, after: Any) -> bool:
         return isinstance(after, Tensor) or bool(before != after)
     except Exception:  # whatever the comparison of a user's objects raises
         return True
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

@@ -19,6 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from bnrewrite.doors.program_archive import ArchiveError, check_program
+from bnrewrite.errors import with_its_name
 
 __all__ = ["ArchiveError", "read"]
 
@@ -53,7 +54,7 @@ def read(path: Path) -> ExportedProgram | torch.jit.ScriptModule:
             reader = torch._C.PyTorchFileReader(_again(file))
             names = list(reader.get_all_records())
         except (RuntimeError, OSError) as error:
-            raise ArchiveError(f"{path} is damaged: {_first_line(error)}") from error
+            raise ArchiveError(f"{path} is damaged: {with_its_name(error)}") from error
         if any(name.startswith(_MODELS) for name in names):
             return _program(path, file, reader, names)
         if any(name.startswith(_CODE) for name in names):
@@ -78,7 +79,7 @@ def _program(path: Path, file: BinaryIO, reader: Any, names: list[str]) -> Expor
         # not torch.export.load: where this fails it tries an older form, which is all pickles
         programs = load_pt2(_again(file)).exported_programs
     except Exception as error:  # any: the file is from elsewhere
-        raise ArchiveError(f"{path} does not load: {_first_line(error)}") from error
+        raise ArchiveError(f"{path} does not load: {with_its_name(error)}") from error
     return next(iter(programs.values()))
 
 
@@ -97,7 +98,7 @@ def _script(path: Path, file: BinaryIO, reader: Any, names: list[str]) -> torch.
             load: Any = torch.jit.load
             loaded: torch.jit.ScriptModule = load(_again(file), map_location=place)
     except RuntimeError as error:
-        raise ArchiveError(f"{path} does not load: {_first_line(error)}") from error
+        raise ArchiveError(f"{path} does not load: {with_its_name(error)}") from error
     return loaded
 
 
@@ -129,14 +130,9 @@ def pickled_names(path: Path, pickled: bytes) -> Iterator[str]:
     except ValueError as error:
         if isinstance(error, ArchiveError):
             raise
-        raise ArchiveError(f"{path} is damaged: {_first_line(error)}") from error
+        raise ArchiveError(f"{path} is damaged: {with_its_name(error)}") from error
 
 
 def _again(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     return file
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -26,7 +26,7 @@ from bnrewrite.trial import own_randomness
 from bnrewrite.verification import verify
 
 from .providers import Place, available, missing_library
-from .refusal import ExportError, MismatchError, SessionError, first_line
+from .refusal import ExportError, MismatchError, SessionError, in_a_line
 from .running import Exported, has_brain_floats, save_in_float32
 from .session import Session
 from .sizes import TRACED, Case, cases
@@ -132,9 +132,7 @@ def _verified(model: Callable[..., Any], exported: Exported, case: Case) -> Veri
             if not found.ok and not found.violations:
                 found = verify(model, call, *case.args, kwargs=case.kwargs, steps=SECOND_LOOK)
     except RuntimeError as error:  # the user's code runs, but not in float64
-        raise ExportError(
-            f"the file cannot be checked: {first_line(error)}; {UNCHECKED}"
-        ) from error
+        raise ExportError(f"the file cannot be checked: {in_a_line(error)}; {UNCHECKED}") from error
 
     notes = tuple(note for note in found.notes if not note.startswith("gradient of"))
     return replace(found, notes=notes)
@@ -146,5 +144,5 @@ def _why_not_taken(model: Callable[..., Any], case: Case) -> str | None:
         with torch.no_grad(), own_randomness(0):
             model(*case.args, **case.kwargs)
     except Exception as error:  # whatever a user's code raises
-        return first_line(error)
+        return in_a_line(error)
     return None

@@ -28,7 +28,7 @@ from .plain import make_plain
 from .program import canonical, functional, opened, stored_values
 from .providers import Place
 from .record import OnnxExport
-from .refusal import ExportError, SessionError, first_line
+from .refusal import ExportError, SessionError, in_a_line
 from .saving import data_path, save, staged
 from .session import ports_of
 from .tables import norms_elsewhere, operations, optimised_operations, placement
@@ -113,7 +113,7 @@ def _rewritten_or_not(
     try:
         return (*rewritten(program), ())
     except Exception as error:  # of our own: the export goes on without it
-        note = f"norms are exported as they were written: {first_line(error)}"
+        note = f"norms are exported as they were written: {in_a_line(error)}"
         warnings.warn(note, BnrewriteWarning, stacklevel=3)
         return functional(original), (), (note,)
 

@@ -26,7 +26,7 @@ from bnrewrite.capture.optimize import check_model, unwrapped
 from bnrewrite.capture.sources import Kind
 from bnrewrite.doors.entry import Given, is_given
 
-from .refusal import ExportError, first_line
+from .refusal import ExportError, in_a_line
 
 _KINDS: dict[InputKind, Kind] = {
     InputKind.PARAMETER: "parameter",
@@ -156,7 +156,7 @@ def _told(error: Exception) -> str:
     points = [line.strip() for line in str(error).splitlines() if line.strip().startswith("- ")]
     if "0/1 specialized" in str(error):
         points.append("Give an example whose varying sizes are 2 or more.")
-    return " ".join([first_line(error), *points[:3]])
+    return " ".join([in_a_line(error), *points[:3]])
 
 
 def _refuse_training(model: Any) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from bnrewrite.errors import with_its_name
+
+LONGEST = 300  # characters
+
 
 class ExportError(RuntimeError):
     """A model that cannot become an ONNX file."""
@@ -15,7 +19,6 @@ class SessionError(RuntimeError):
     """A file, a provider or an input with which a session cannot run."""
 
 
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def in_a_line(error: BaseException) -> str:
+    """An exception of another library; onnxruntime's may be long."""
+    return with_its_name(error, LONGEST)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.dlpack import from_dlpack
 
 from .providers import Device, Place, missing_library, place_for, preload, why_absent
-from .refusal import SessionError, first_line
+from .refusal import SessionError, in_a_line
 
 # onnxruntime's names of element types, torch's dtypes, and onnx's numbers
 _TYPES: dict[str, tuple[torch.dtype, int]] = {
@@ -134,7 +134,7 @@ class Session:
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         except Exception as error:  # onnxruntime's exceptions have no common base
-            raise SessionError(f"onnxruntime stops at {self.path.name}: {first_line(error)}") from (
+            raise SessionError(f"onnxruntime stops at {self.path.name}: {in_a_line(error)}") from (
                 error
             )
         del held  # until here: the binding knows addresses alone
@@ -197,7 +197,7 @@ def opened(path: Path, place: Place, options: Any = None) -> Any:
 
 
 def _why_unopened(path: Path, place: Place, error: Exception) -> str:
-    line = first_line(error)
+    line = in_a_line(error)
     if missing_library(place) is not None:
         return why_absent(place)
     if "NOT_IMPLEMENTED" in line or "NotImplemented" in type(error).__name__:

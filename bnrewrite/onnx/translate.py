@@ -26,7 +26,7 @@ from torch.utils._pytree import (
 )
 
 from .older import write_as_17
-from .refusal import ExportError, first_line
+from .refusal import ExportError, in_a_line
 from .tidy import tidy
 from .translation import translation_table
 
@@ -58,7 +58,7 @@ def translate(program: ExportedProgram, target: str, opset: int, dynamic_shapes:
             )
     except Exception as error:  # the exporter's own errors have no common base
         cause = error.__cause__ or error
-        raise ExportError(f"torch.onnx cannot write the model: {first_line(cause)}") from error
+        raise ExportError(f"torch.onnx cannot write the model: {in_a_line(cause)}") from error
     assert exported is not None
     model = exported.model
     inputs = [value.name for value in model.graph.inputs]

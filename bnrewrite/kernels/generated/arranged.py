@@ -34,6 +34,14 @@ def fits(program: Program, shape: Sequence[Any], shapes: Sequence[Sequence[Any]]
     return all(math.prod(each) == count for each, count in zip(shapes, wanted, strict=False))
 
 
+def dtype_of_moments(
+    program: Program, dtype: torch.dtype, dtypes: Sequence[torch.dtype]
+) -> torch.dtype:
+    """What is computed in, of the dtypes of x and of the tensors."""
+    every = (dtype, program.dtype, *dtypes[: len(program.tensors)])
+    return torch.float64 if torch.float64 in every else torch.float32
+
+
 def order_of(own: tuple[str, ...], wanted: tuple[str, ...], sizes: dict[str, Any]) -> Order | None:
     """How a tensor is permuted to the order of memory; None where it is in it."""
     present = [axis for axis in own if axis in wanted]  # others have one element

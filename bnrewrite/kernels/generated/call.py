@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..triton import run_on_gpu
 from . import runtime
+from .arranged import dtype_of_moments
 from .kernel import Kernel, made_for
 from .program import parse
 from .record import Recorded, are_plain, forward
@@ -64,8 +65,7 @@ def _fake(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]
     """Results without values."""
     program = parse(text)
     shape = program.kept_sizes(x.shape)
-    wide = any(t.dtype == torch.float64 for t in (x, *tensors[: len(program.tensors)]))
-    single = torch.float64 if wide or program.dtype == torch.float64 else torch.float32
+    single = dtype_of_moments(program, x.dtype, [t.dtype for t in tensors])
     updates = (x.new_empty(shape, dtype=single) for _ in program.updates)
     return (torch.empty_like(x, dtype=program.dtype or x.dtype), *updates)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import activation
-from .arranged import FLOATING, Order, fits, order_of, order_of_groups
+from .arranged import FLOATING, Order, dtype_of_moments, fits, order_of, order_of_groups
 from .build import NoCompiler, library
 from .columns import columns_source
 from .functions import functions_source
@@ -116,7 +116,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         saved=1 if program.about_zero else 2,
         orders=tuple(orders),
         kept=order_of_groups(program, layout, sizes),
-        single=torch.float64 if source.single == "double" else torch.float32,
+        single=dtype_of_moments(program, x.dtype, [t.dtype for t in tensors]),
         result=result,
         free=tuple(source.free()),
         used=tuple(source.used()),

@@ -17,7 +17,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import wrap_triton
 
-from ..generated.arranged import FLOATING, Order, back, dense, fits, like, order_of, order_of_groups
+from ..generated.arranged import (
+    FLOATING,
+    Order,
+    back,
+    dense,
+    dtype_of_moments,
+    fits,
+    like,
+    order_of,
+    order_of_groups,
+)
 from ..generated.check import check_program
 from ..generated.layout import arrange
 from ..generated.program import parse
@@ -125,12 +135,12 @@ def _launch_of(
         return None
     layout, lengths = arranged
     count = math.prod(shape)
-    double = torch.float64 in (dtype, program.dtype, *dtypes[: len(program.tensors)])
+    single = dtype_of_moments(program, dtype, dtypes)
     tiled = Tiled(
         text=text,
         layout=type(layout)(layout.loops, 0),
         fixed=frozenset(i for i, n in enumerate(lengths) if i and isinstance(n, int)),
-        single="float64" if double else "float32",
+        single=str(single).removeprefix("torch."),
         wide=not isinstance(count, int) or count > LARGEST,
     )
     itemsize = dtype.itemsize
@@ -145,7 +155,7 @@ def _launch_of(
         sizes=program.axis_sizes(shape),
         forward=before,
         backward=after,
-        single=torch.float64 if double else torch.float32,
+        single=single,
         result=program.dtype or dtype,
         kernels={  # printed now, so that what cannot be is known before anything runs
             name: kernel(tiled, name) for name in (*FORWARD[before.whole], *BACKWARD[after.whole])
