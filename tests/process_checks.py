@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import counter_checks
+import soak_checks
 import synchronised_checks
 import wrapped_checks
 from processes import Checks
 
 CHECKS: dict[int, Checks] = {
-    2: {**wrapped_checks.ON_TWO, **synchronised_checks.ON_TWO},
+    2: {
+        **wrapped_checks.ON_TWO,
+        **synchronised_checks.ON_TWO,
+        **counter_checks.ON_TWO,
+        "a soak": soak_checks.soaks,
+    },
     4: synchronised_checks.ON_FOUR,
 }
