@@ -1,15 +1,17 @@
-"""What two processes check of buffers that count samples, beside synchronised statistics."""
+"""What two processes check of code that counts samples, or divides by them, beside such norms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 from hand_written import Layer
 from synchronised_checks import COUNT, PARTS, equals_whole, is_left
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import bnrewrite
 
@@ -56,6 +58,30 @@ def counts_all(update: str, backend: str = "eager") -> None:
     equals_whole(Seen(update), batches, PARTS[dist.get_world_size()], backend)
 
 
+class Divided(Layer):
+    """Sums over the batch, with a division in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = 1.0 / x.shape[0]
+        mean = x.sum(0) * share
+        return (x - mean) / torch.sqrt((x - mean).square().sum(0) * share + 1e-5)
+
+
+def divides() -> None:
+    """By no sample too, in the graph of the first batch."""
+    before = counters["stats"]["unique_graphs"]
+    batches = [torch.randn(COUNT, 4) for _ in range(2)]
+    equals_whole(Divided(), batches, PARTS[dist.get_world_size()])
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def divides_by_nothing_first() -> None:
+    """A first batch without samples raises what the user's own code raises."""
+    model = bnrewrite.optimize(Divided(), backend="eager", sync_stats=True)
+    with pytest.raises(ZeroDivisionError, match="float division by zero"):
+        model(torch.randn(0, 4))
+
+
 def stays_exact() -> None:
     """An integer beyond the digits of the statistics' dtype takes the samples of all."""
     model = bnrewrite.optimize(Seen("before"), backend="eager", sync_stats=True)
@@ -69,6 +95,8 @@ ON_TWO: dict[str, Callable[[], None]] = {
     "samples counted, rebound": partial(counts_all, "rebound", backend="aot_eager"),
     "samples counted, used later": partial(counts_all, "used later"),
     "a large count": stays_exact,
+    "a division in Python": divides,
+    "a division by nothing": divides_by_nothing_first,
     "a product of batches": partial(
         is_left, Seen("a product"), "seen counts samples of this process"
     ),
