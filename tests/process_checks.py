@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import counter_checks
+import sharded_checks
 import soak_checks
 import synchronised_checks
 import wrapped_checks
@@ -13,6 +14,7 @@ CHECKS: dict[int, Checks] = {
         **wrapped_checks.ON_TWO,
         **synchronised_checks.ON_TWO,
         **counter_checks.ON_TWO,
+        **sharded_checks.ON_TWO,
         "a soak": soak_checks.soaks,
     },
     4: synchronised_checks.ON_FOUR,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+
 import pytest
 import torch
 from hand_written import Net
 from process_checks import CHECKS
-from processes import outcomes
+from processes import LIMIT, environment, outcomes
 from torch import nn
 
 import bnrewrite
 from bnrewrite.capture.backend import bnrewrite as backend
 from bnrewrite.parallel import merge_statistics, track_statistics
+from examples.domain_norms import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +27,23 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], str
 @pytest.mark.parametrize(("count", "check"), [(n, name) for n in CHECKS for name in CHECKS[n]])
 def test_processes(count: int, check: str, found: dict[tuple[int, str], str]) -> None:
     assert found[count, check] == ""
+
+
+def test_torchrun_starts_the_example_of_domains() -> None:
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    outcome = subprocess.run(
+        [sys.executable, *program, "-m", "examples.domain_norms"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    lost, kept = outcome.stdout.split("merged")
+    means = [ast.literal_eval(line.rpartition("domains ")[2]) for line in kept.splitlines()[1:3]]
+    assert means[0] == means[1]
+    assert means[0] == pytest.approx([0.0, 1 - 0.9**STEPS], abs=0.1)
+    assert "[0.0, 0.0]" in lost
 
 
 def test_statistics_are_not_synchronised_without_a_process_group() -> None:
