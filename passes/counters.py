@@ -11,6 +11,7 @@ them too. What the others have is added to the user's own new value: an integer 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,6 +43,10 @@ def check_counters(rewriting: Rewriting, found: Match, updates: Sequence[Update]
     for buffer, _, value in _counters(rewriting, reading, batch):
         if buffer in used and _samples(reading.ring, value, batch) is None:
             raise Unwritable(f"{UNSYNCHRONISED}: {name_of_buffer(buffer)} {OF_ITS_OWN}")
+    if any(_is_of_process(source, batch, samples=True) for source in used):
+        raise Unwritable(
+            f"{UNSYNCHRONISED}: a tensor in them is made of its samples or their number"
+        )
 
 
 def count_all(
@@ -63,6 +68,8 @@ def count_all(
     counted: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     left: list[fx.Node] = []
     for buffer, own, value in _counters(rewriting, writing.reading, batch):
+        if not _has_size_of(ring, value, batch):
+            continue
         samples = _samples(ring, value, batch)
         if samples is None:
             left.append(own)
@@ -97,7 +104,7 @@ def name_of_buffer(buffer: fx.Node) -> str:
 def _counters(
     rewriting: Rewriting, reading: Reading, batch: Symbols
 ) -> Iterator[tuple[fx.Node, fx.Node, Polynomial]]:
-    """Buffers whose new value has sizes of the batch and no statistic; the value and its formula.
+    """Buffers with sizes of the batch, and no moments, in their new value; that and its formula.
 
     A value that has been replaced has no formula any more.
     """
@@ -107,12 +114,17 @@ def _counters(
         meaning = reading.formula(value) if isinstance(value, fx.Node) else None
         if meaning is None or reading.ring.moments(meaning.value):
             continue
-        if _has_size_of(reading.ring, meaning.value, batch):
+        sources = reading.ring.raw(meaning.value)
+        if _has_size_of(reading.ring, meaning.value, batch) or any(
+            _is_of_process(source, batch, samples=True) for source in sources
+        ):
             yield placeholders[name], value, meaning.value
 
 
 def _samples(ring: Ring, value: Polynomial, batch: Symbols) -> Polynomial | None:
     """What is added to a counter, a multiple of the batch's size; None for another formula."""
+    if any(_is_of_process(source, batch, samples=True) for source in ring.raw(value)):
+        return None
     samples = {}
     for monomial, coefficient in value.terms.items():
         if _has_size_of(ring, Polynomial({monomial: 1}), batch):
@@ -123,10 +135,36 @@ def _samples(ring: Ring, value: Polynomial, batch: Symbols) -> Polynomial | None
 
 
 def _has_size_of(ring: Ring, value: Polynomial, batch: Symbols) -> bool:
-    return any(
-        isinstance(base, Extent) and bool(symbols_of(base.size) & batch)
-        for base in ring.within(value)
+    sizes = (base.size for base in ring.within(value) if isinstance(base, Extent))
+    return any(symbols_of(size) & batch for size in sizes) or any(
+        _is_of_process(source, batch) for source in ring.raw(value)
     )
+
+
+def _is_of_process(source: Any, batch: Symbols, samples: bool = False) -> bool:
+    """Whether a tensor of no samples is made of their number, as ``torch.tensor(n)`` is.
+
+    Args:
+        source: what a formula has as it is.
+        batch: sizes of the batch.
+        samples: whether to ask for what is made of the samples themselves too.
+    """
+    todo, seen = [source] if isinstance(source, fx.Node) else [], {source}
+    while todo:
+        node = todo.pop()
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            if symbols_of(value) & batch:
+                return True
+        elif not isinstance(value, torch.Tensor):
+            continue
+        elif any(symbols_of(extent) & batch for extent in value.shape):
+            if samples and node is not source:
+                return True
+            continue
+        todo += [each for each in node.all_input_nodes if each not in seen]
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def _is_size(base: Base, batch: Symbols) -> bool:

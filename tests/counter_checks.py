@@ -45,6 +45,11 @@ class Seen(Layer):
             elif self.update == "a product":
                 self.seen = self.seen * n + 1
                 self.mean.lerp_(mean, n / (self.seen + n))
+            elif self.update == "a mask":
+                self.mean.lerp_(mean, n / (self.seen + n))
+                self.seen += (x[:, 0] > 0).sum()
+            elif self.update == "a tensor":
+                self.mean.lerp_(mean, 1 / torch.full((), n))
             else:
                 assert self.update == "a product alone"
                 self.seen = self.seen * n + 1
@@ -99,6 +104,10 @@ ON_TWO: dict[str, Callable[[], None]] = {
     "a division by nothing": divides_by_nothing_first,
     "a product of batches": partial(
         is_left, Seen("a product"), "seen counts samples of this process"
+    ),
+    "a number of some": partial(is_left, Seen("a mask"), "seen counts samples of this process"),
+    "a number as a tensor": partial(
+        is_left, Seen("a tensor"), "a tensor in them is made of its samples or their number"
     ),
     "a product beside": partial(
         is_left, Seen("a product alone"), "a statistic of it is used elsewhere too"
