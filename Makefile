@@ -59,6 +59,7 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.onnx_norms
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.rewriter
+	$(BIN)/torchrun --nproc-per-node 2 -m benchmarks.soak
 	$(BIN)/python -m benchmarks.training_steps
 
 clean:
