@@ -204,7 +204,8 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.affine(self.style.expand(len(x), -1))[..., None, None].chunk(2, 1)
         mean, std = x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True) + 1e-5
-        return (1 + scale) * (x - mean) / std + shift
+        y: Tensor = (1 + scale) * (x - mean) / std + shift
+        return y
 
 
 class ResponseNorm(Channels):
