@@ -107,9 +107,18 @@ def activations(model: Any, inputs: tuple[Tensor, Tensor]) -> int:
     return sum(after.count(f"aten.{name}") for name in (*names, "leaky_relu"))
 
 
-@pytest.mark.parametrize("other", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dense", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("ending", TAKEN)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("ending", "dense", "other"),
+    [
+        (ending, dense, other)
+        for ending in TAKEN
+        for dense in LAYOUTS
+        for other in (LAYOUTS if "residual" in ending else (dense,))
+    ],
+)
 def test_a_kernel_takes_it(
     ending: str, dense: torch.memory_format, other: torch.memory_format
 ) -> None:
