@@ -54,6 +54,11 @@ inline V exponential(V x) {
 }
 
 template <class V>
+inline V bounded(V x) {
+  return x < -FAR_OUT ? V{} - FAR_OUT : x > FAR_OUT ? V{} + FAR_OUT : x;
+}
+
+template <class V>
 inline V logistic(V x) {
   const V small = exponential(V(x < acc(0) ? x : -x)), one = V{} + acc(1);
   return (x < acc(0) ? small : one) / (small + acc(1));

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import mpmath
 
+from .activations import FAR
+
 FUNCTIONS = (Path(__file__).parent / "functions.h").read_text()
 MIDDLE = 3.75
 NODES = 64
@@ -14,11 +16,12 @@ NODES = 64
 
 @cache
 def functions_source(single: str) -> str:
-    """Exponential, logistic, hyperbolic tangent and normal distribution, in one precision."""
+    """Exponential, bounds, logistic, hyperbolic tangent and normal distribution, in one precision."""
     terms = ", ".join(
         f"acc({value!r})" for value in tail_series(2.0 ** (-27 if single == "float" else -56))
     )
-    return f"constexpr acc MIDDLE = {MIDDLE!r}, SERIES[] = {{{terms}}};\n{FUNCTIONS}"
+    numbers = f"FAR_OUT = {FAR}, MIDDLE = {MIDDLE!r}, SERIES[] = {{{terms}}}"
+    return f"constexpr acc {numbers};\n{FUNCTIONS}"
 
 
 def tail_series(bound: float) -> list[float]:
