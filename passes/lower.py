@@ -172,12 +172,17 @@ def _written(
     found = decision.match
     assert rewriting.reading is not None
     if decision.lowering == "generated":
-        try:
-            writing = _writing(rewriting, found, statistics, None)
-            return write_generated(writing, state, decision.epilogue)
-        except (Unwritable, Opaque):
-            decision.lowering = decision.otherwise
-            state.replaced.clear()
+        while True:
+            whole = decision.whole or found
+            try:
+                writing = _writing(rewriting, whole, statistics, None)
+                return write_generated(writing, state, decision.epilogue)
+            except (Unwritable, Opaque):
+                state.replaced.clear()
+            if decision.whole is None:
+                break
+            decision.whole = decision.epilogue = None
+        decision.lowering = decision.otherwise
     if decision.lowering == "synchronised":
         check_updates(statistics.made_of.get(found.linear.source, {}), state.updates)
         check_counters(rewriting, found, state.updates)
