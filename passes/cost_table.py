@@ -109,7 +109,7 @@ def name_of_file(device: str) -> str:
 @functools.cache
 def table_of(device: str) -> Table | None:
     """The table of a kind of device, None where it has not been measured."""
-    file = files(__package__) / name_of_file(device)
+    file = files("bnrewrite.passes") / name_of_file(device)
     return read_table(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
