@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Z = sympy.Symbol("z", real=True)
+FAR = 64  # where the logistic function of a cube of z is one or zero, in double precision too
 
 
 class Logistic(sympy.Function):  # type: ignore[misc]
@@ -37,6 +38,14 @@ class Normal(sympy.Function):  # type: ignore[misc]
         return sympy.exp(-(z**2) / 2) * sympy.Float(1 / math.sqrt(2 * math.pi))
 
 
+class Bounded(sympy.Function):  # type: ignore[misc]
+    """z, or the nearest of ``-FAR`` and ``FAR``, for functions that are flat beyond those."""
+
+    def fdiff(self, argindex: int = 1) -> Any:
+        """That of z: beyond, it multiplies a slope of zero."""
+        return sympy.Integer(1)
+
+
 @dataclass(frozen=True)
 class Activation:
     """What a kernel computes of z, the norm with its residual.
@@ -56,7 +65,8 @@ class Activation:
     of_result: bool = False
 
 
-_CUBE = sympy.Float(2 * math.sqrt(2 / math.pi)) * (Z + sympy.Float(0.044715) * Z**3)
+_NEAR = Bounded(Z)  # a cube overflows long before z does
+_CUBE = sympy.Float(2 * math.sqrt(2 / math.pi)) * (_NEAR + sympy.Float(0.044715) * _NEAR**3)
 _ACTIVATIONS = {
     "relu": Activation(
         functional.relu,
@@ -67,7 +77,7 @@ _ACTIVATIONS = {
         functional.relu6,
         pieces=(
             "made < acc(0) ? V{} : made > acc(6) ? V{} + acc(6) : made",
-            "made <= acc(0) ? V{} : made >= acc(6) ? V{} : given",
+            "made > acc(0) ? (made < acc(6) ? given : V{}) : V{}",  # of NaN none, as in torch
         ),
     ),
     "silu": Activation(functional.silu, Z * Logistic(Z)),

@@ -86,6 +86,9 @@ class _ActivationPrinter(ElementPrinter):
     def _print_exp(self, value: Any) -> str:
         return self._call("exponential", value)
 
+    def _print_Bounded(self, value: Any) -> str:
+        return self._call("bounded", value)
+
     def _print_tanh(self, value: Any) -> str:
         return self._call("hyperbolic_tangent", value)
 

@@ -51,7 +51,7 @@ class Recorded(torch.autograd.Function):
         kept: list[Tensor | None] = [None] * len(kernel.orders)
         for i in kernel.used:  # a buffer may change before the backward; a copy does not
             if i in kernel.copied:
-                kept[i] = given[i].clone()
+                kept[i] = copied(given[i])
             else:
                 kept[i] = given[i] if i in kernel.firm else given[i].data  # whatever its value is
         ctx.save_for_backward(x, moments, *kept, *([y] if kernel.residual else []))
@@ -83,6 +83,15 @@ class Recorded(torch.autograd.Function):
             if needed[1 + i]:
                 found[1 + i] = back(gradient, tensors[i], kernel.orders[i])
         return (None, None, *found, *([dresidual] if kernel.residual else []))
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A tensor's values as they are now, to be saved; derivatives of derivatives reach it.
+
+    The slope of an activation depends on a bias.
+    """
+    with torch.enable_grad():
+        return tensor.clone()
 
 
 def are_plain(*given: Tensor, device: str = "cpu") -> bool:

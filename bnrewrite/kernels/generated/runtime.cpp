@@ -159,6 +159,7 @@ struct Norm : torch::autograd::Function<Norm> {
       if (!has(kernel->used)) {
         saved.emplace_back();
       } else if (has(kernel->copied)) {
+        at::AutoGradMode derivatives_of_derivatives(true); // they reach it
         saved.push_back(tensors[i].clone()); // it may change before the backward
       } else if (!has(kernel->firm)) {
         saved.push_back(tensors[i].variable_data()); // and so may this: its value is not asked for

@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 
-from ..generated.activations import Activation, Z, activation
+from ..generated.activations import FAR, Activation, Z, activation
 from ..generated.printing import Unprintable
 from .formulas import FormulaPrinter
 
@@ -75,6 +75,10 @@ class _Activations(FormulaPrinter):
 
     def _print_exp(self, value: Any) -> str:
         return f"tl.exp({self._print(value.args[0])})"
+
+    def _print_Bounded(self, value: Any) -> str:
+        z = self._print(value.args[0])
+        return f"tl.where(({z}) < {-FAR}.0, {-FAR}.0, tl.where(({z}) > {FAR}.0, {FAR}.0, {z}))"
 
     def _print_Logistic(self, value: Any) -> str:
         z = self._print(value.args[0])

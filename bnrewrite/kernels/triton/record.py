@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..generated.printing import Unprintable
 from ..generated.program import parse
-from ..generated.record import PLAIN, of_reference
+from ..generated.record import PLAIN, copied, of_reference
 from .launch import Launch, launch_of, run_backward, run_forward
 
 Backward = Callable[[str, Tensor, Tensor, Tensor | None, Tensor, list[Tensor]], list[Tensor]]
@@ -104,7 +104,7 @@ def save(
     tiled, kept = launch.tiled, []
     for i in range(len(tiled.program.tensors)):
         if i in tiled.copied:  # it may change before the backward; a copy does not
-            kept.append(given[i].clone())
+            kept.append(copied(given[i]) if type(given[i]) in PLAIN else given[i].clone())
         elif i in tiled.used:  # where no gradient depends on its value, it may have changed since
             kept.append(given[i] if i in tiled.firm else _unwatched(given[i]))
         else:  # of updates alone: nothing but its shape is asked for
