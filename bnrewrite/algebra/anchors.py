@@ -42,6 +42,7 @@ SQUARES = frozenset((
 FORWARD = 48  # how many nodes on a reduction is followed to the tensor that it scales
 STEPS = 24  # how many tensors back a statistic is still about the tensor that it scales
 
+HIGHEST = 2**16  # a degree above which higher ones are not told apart
 PLAIN_BITS = 8  # a factor of so many bits is no matter of range where squares are taken
 SUMMED_BITS = 24  # ... and where there are none; a mean may be a sum of x / n
 
@@ -55,6 +56,7 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
     ] = {}  # reductions and what is computed from them: elements reduced
     found: set[fx.Node] = set()
     own: list[tuple[fx.Node, fx.Node]] = []
+    bases = _Bases(statistic)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -63,7 +65,7 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
             operands = _operands(node)
             degree = 2 if name_of(node) in SQUARES or len(set(operands)) < len(operands) else 1
             for operand in operands:
-                base = _base(operand, statistic, degree)
+                base = bases.of(operand, degree)
                 if base is not None:
                     found.add(base)
                 elif degree > 1 or name_of(operand) in ("pow", "square", "mul"):
@@ -79,7 +81,7 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
     for reduction, operand in own:
         if _scales_itself(reduction, statistic):
             smaller = {n: e for n, e in statistic.items() if elements(n) < elements(operand)}
-            base = _base(operand, smaller, 2)
+            base = _Bases(smaller).of(operand, 2)
             if base is not None:
                 found.add(base)
     return frozenset(found)
@@ -153,58 +155,68 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [first] if isinstance(first, fx.Node) else []
 
 
-def _base(node: fx.Node, statistic: dict[fx.Node, float], degree: float) -> fx.Node | None:
-    """The tensor under a reduction's operand; None where it is itself a statistic.
+class _Bases:
+    """The tensors under operands, each looked for once: norms of norms branch at every step.
 
-    ``degree`` is the power of the node that is reduced. A power of which a square is reduced is a
-    tensor of its own: E[x^6] is a moment of x^3.
+    Args:
+        statistic: whether a node is one is known before a node that uses it is asked for.
     """
-    if node in statistic:
-        return None
-    if node.op != "call_function":
-        return node
-    name = name_of(node)
-    arguments = arguments_of(node)
-    first = arguments.get("self")
-    if not isinstance(first, fx.Node):
-        return node
-    if name in CASTS:
-        return node if narrows(dtype_of(first), dtype_of(node)) else _base(first, statistic, degree)
-    if name in ("pow", "square"):
-        exponent = 2 if name == "square" else arguments.get("exponent")
-        if isinstance(exponent, fx.Node) or exponent is None:
+
+    def __init__(self, statistic: dict[fx.Node, float]) -> None:
+        self.statistic = statistic
+        self.known: dict[tuple[fx.Node, float], fx.Node | None] = {}
+
+    def of(self, node: fx.Node, degree: float) -> fx.Node | None:
+        """The tensor under a reduction's operand; None where it is itself a statistic.
+
+        ``degree`` is the power of the node that is reduced. A power of which a square is reduced is
+        a tensor of its own: E[x^6] is a moment of x^3.
+        """
+        key = node, min(degree, HIGHEST)
+        if key not in self.known:
+            self.known[key] = self._found(*key)
+        return self.known[key]
+
+    def _found(self, node: fx.Node, degree: float) -> fx.Node | None:
+        if node in self.statistic:
+            return None
+        if node.op != "call_function":
             return node
-        raises = exponent > 1 and degree > 1
-        return node if raises else _base(first, statistic, degree * exponent)
-    if name in SAME:
-        return _base(first, statistic, degree)
-    if name in ("add", "sub", "rsub", "mul", "div"):
-        return _base_of_binary(node, name, first, arguments.get("other"), statistic, degree)
-    return node
+        name = name_of(node)
+        arguments = arguments_of(node)
+        first = arguments.get("self")
+        if not isinstance(first, fx.Node):
+            return node
+        if name in CASTS:
+            return node if narrows(dtype_of(first), dtype_of(node)) else self.of(first, degree)
+        if name in ("pow", "square"):
+            exponent = 2 if name == "square" else arguments.get("exponent")
+            if isinstance(exponent, fx.Node) or exponent is None:
+                return node
+            raises = exponent > 1 and degree > 1
+            return node if raises else self.of(first, degree * exponent)
+        if name in SAME:
+            return self.of(first, degree)
+        if name in ("add", "sub", "rsub", "mul", "div"):
+            return self._of_binary(node, name, first, arguments.get("other"), degree)
+        return node
 
-
-def _base_of_binary(
-    node: fx.Node,
-    name: str,
-    left: fx.Node,
-    right: Any,
-    statistic: dict[fx.Node, float],
-    degree: float,
-) -> fx.Node | None:
-    if not is_tensor(right):
-        moves = _moves_digits(node, name, right, degree)
-        return node if moves else _base(left, statistic, degree)
-    raised = 2 * degree if name == "mul" else degree
-    bases = [_base(n, statistic, raised) for n in (left, right)]
-    if name == "mul" and bases[0] is not None and bases[0] is bases[1]:
-        return node if degree > 1 else bases[0]
-    if name in ("add", "sub", "rsub"):
-        for full, small in ((left, right), (right, left)):
-            if small in statistic and full not in statistic:
-                return _base(full, statistic, degree)
-        if bases[0] is not None and bases[0] is bases[1]:
-            return bases[0]
-    return node
+    def _of_binary(
+        self, node: fx.Node, name: str, left: fx.Node, right: Any, degree: float
+    ) -> fx.Node | None:
+        if not is_tensor(right):
+            return node if _moves_digits(node, name, right, degree) else self.of(left, degree)
+        raised = 2 * degree if name == "mul" else degree
+        bases = [self.of(n, raised) for n in (left, right)]
+        if name == "mul" and bases[0] is not None and bases[0] is bases[1]:
+            return node if degree > 1 else bases[0]
+        if name in ("add", "sub", "rsub"):
+            for full, small in ((left, right), (right, left)):
+                if small in self.statistic and full not in self.statistic:
+                    return self.of(full, degree)
+            if bases[0] is not None and bases[0] is bases[1]:
+                return bases[0]
+        return node
 
 
 def _moves_digits(node: fx.Node, name: str, value: Any, degree: float) -> bool:
