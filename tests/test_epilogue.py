@@ -140,6 +140,21 @@ def test_anything_else_stays(ending: str) -> None:
     assert remaining == (ending != "no activation")
 
 
+def test_zero_times_a_tensor_has_a_gradient() -> None:
+    """All else is made where no gradient is recorded: without it ``backward`` would raise."""
+
+    class Held(nn.Module):
+        def forward(self, x: Tensor, _: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+            return torch.tanh(y + x * 0.0)
+
+    x, other = draw(torch.contiguous_format, torch.contiguous_format)[0]
+    forced(Held())(x.requires_grad_(), other).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
 def test_a_region_without_gradients_between() -> None:
     def ending(y: Tensor, other: Tensor) -> Tensor:
         with torch.no_grad():
