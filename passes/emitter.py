@@ -216,15 +216,18 @@ class Emitter(Nodes):
         total: Value = 0
         positive_first = sorted(polynomial.terms.items(), key=lambda item: item[1] < 0)
         for monomial, coefficient in positive_first:
-            term = self._term(monomial, magnitude(coefficient))
+            term = self._term(monomial, magnitude(coefficient), plain=coefficient == 1)
             if coefficient < 0 and isinstance(total, fx.Node):
                 total = self._binary(aten.sub.Tensor, operator.sub, total, term)
             else:
                 total = self.plus(total, term if coefficient > 0 else self.times(term, -1))
         return total
 
-    def _term(self, monomial: Monomial, coefficient: Number) -> Value:
-        """Coefficient * monomial, the numbers of all its factors in one."""
+    def _term(self, monomial: Monomial, coefficient: Number, *, plain: bool = True) -> Value:
+        """Coefficient * monomial, the numbers of all its factors in one.
+
+        Where there is a number, some factor times that number is what the user's product has.
+        """
         result: Value = 1
         statistics = tuple(i for i in monomial if self.ring.bases[i[0]].moments)
         if len(statistics) > 1:
@@ -234,7 +237,7 @@ class Emitter(Nodes):
         for base_id, exponent in sorted(monomial, key=lambda item: item[1] < 0):
             base = self.ring.bases[base_id]
             node, factor, power = self._measured(base)
-            if self.copies and len(monomial) > 1 and self._may_change(base, monomial):
+            if self.copies and len(monomial) > 1 and self._may_change(base, monomial, plain):
                 node = self.call(aten.clone.default, node)
             if exponent < 0 and not holds_tensor(node) and self._may_raise(base, exponent, result):
                 raise Unwritable("it divides by a size that may be zero")
@@ -247,15 +250,15 @@ class Emitter(Nodes):
                 result = self.times(result, self.power(node, exponent))
         return self.times(result, coefficient)
 
-    def _may_change(self, base: Base, monomial: Monomial) -> bool:
-        """Whether a product would save a stored tensor that the user's code writes to later."""
+    def _may_change(self, base: Base, monomial: Monomial, plain: bool) -> bool:
+        """Whether a product would save a given tensor that the user's code writes to later."""
         differentiable, product = self.ring.differentiable, Polynomial({monomial: 1})
         return (
             isinstance(base, Atom)
             and isinstance(base.source, fx.Node)
             and base.source.op == "placeholder"
             and is_tensor(base.source)
-            and not differentiable(base.source)
+            and not (plain and differentiable(base.source))
             and any(differentiable(source) for source in self.ring.raw(product))
         )
 

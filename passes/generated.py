@@ -7,6 +7,7 @@ Leaves alone: other statistics than E[x] and V; tensors as large as x; functions
 
 from __future__ import annotations
 
+import math
 import operator
 from fractions import Fraction
 
@@ -325,4 +326,6 @@ def _base(polynomial: Polynomial) -> int:
 
 
 def _number(value: Number) -> str:
+    if not math.isfinite(value):
+        raise Unwritable(f"no kernel has the number {float(value)}")
     return repr(value) if isinstance(value, float) else str(Fraction(value))

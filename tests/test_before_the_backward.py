@@ -96,3 +96,45 @@ def test_an_input_made_in_inference_mode(users: nn.Module) -> None:
         (y * y.detach().cos()).sum().backward()
         found.append([y, *[p.grad for p in each.parameters()]])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class Modulated(nn.Module):
+    """A norm that is scaled and shifted by what another network computes for each sample."""
+
+    def __init__(self, modulate: Callable[[Tensor, Tensor], Tensor], affine: bool) -> None:
+        super().__init__()
+        self.modulate, self.affine = modulate, affine
+        self.weight = nn.Parameter(torch.rand(5) + 0.5)
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        variance = x.var(-1, unbiased=False, keepdim=True)
+        y = (x - x.mean(-1, keepdim=True)) * torch.rsqrt(variance + 1e-5)
+        return self.modulate(y * self.weight + self.bias if self.affine else y, scale)
+
+
+MODULATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a sum": lambda y, scale: y * (1 + scale) + scale,
+    "a multiple": lambda y, scale: torch.relu(y * (2 * scale)),
+    "an opposite": lambda y, scale: y * -scale,
+}
+
+
+@pytest.mark.parametrize(
+    ("modulation", "affine"),
+    [("a sum", False), ("a multiple", False), ("a multiple", True), ("an opposite", True)],
+)
+def test_a_further_scale_changes(modulation: str, affine: bool) -> None:
+    """The user's code saves what it computes of the scale, and may write to the scale itself."""
+    users = Modulated(MODULATIONS[modulation], affine)
+    x, drawn = torch.randn(4, 7, 5), torch.randn(4, 1, 5)
+    found = []
+    for model in (users, optimize(copy.deepcopy(users), backend="eager", kernels="generated")):
+        leaf, given = x.clone().requires_grad_(), drawn.clone().requires_grad_()
+        scale = given * 1
+        y = model(leaf, scale)
+        with torch.no_grad():
+            scale.zero_()
+        (y * torch.arange(5).cos()).sum().backward()
+        found.append([y, leaf.grad, given.grad, *[p.grad for p in model.parameters()]])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

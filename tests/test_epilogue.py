@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,7 @@ LEFT: dict[str, Ending] = {
     "a sum that is used elsewhere": lambda y, other: torch.relu(y + other) * (y + other),
     "scaled by another": lambda y, other: torch.relu(y * other),
     "scaled by its own": lambda y, _: torch.relu(y * y.mean((2, 3), keepdim=True)),
+    "scaled by infinity": lambda y, _: torch.relu(y * math.inf),
     "scaled by what has no kernel": lambda y, other: torch.relu(y * other[:1].exp() * other),
     "residual, relu6": lambda y, other: functional.relu6(y + other),
     "scaled residual": lambda y, other: torch.relu(torch.add(y, other, alpha=2)),
@@ -136,6 +138,21 @@ def test_anything_else_stays(ending: str) -> None:
     assert contract_violations(users, forced, batches) == []
     remaining = activations(forced(copy.deepcopy(users)), batches[0])
     assert remaining == (ending != "no activation")
+
+
+def test_zero_times_a_tensor_has_a_gradient() -> None:
+    """All else is made where no gradient is recorded: without it ``backward`` would raise."""
+
+    class Held(nn.Module):
+        def forward(self, x: Tensor, _: Tensor) -> Tensor:
+            with torch.no_grad():
+                y = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+            return torch.tanh(y + x * 0.0)
+
+    x, other = draw(torch.contiguous_format, torch.contiguous_format)[0]
+    forced(Held())(x.requires_grad_(), other).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
 
 
 def test_a_region_without_gradients_between() -> None:
@@ -242,9 +259,12 @@ def test_a_further_scale_of_statistics(limit: str, shortcut: bool) -> None:
     assert (site.kind, site.lowering) == ("batch_norm", "generated")
 
 
-def test_a_further_scale_without_a_kernel_leaves_the_norm_its_own() -> None:
-    """An exponential of a statistic: the kernel is that of the norm alone."""
-    users = Renormalised(torch.exp)
+@pytest.mark.parametrize("limit", [torch.exp, lambda r: r.clamp(0.8, math.inf)])
+def test_a_further_scale_without_a_kernel_leaves_the_norm_its_own(
+    limit: Callable[[Tensor], Tensor],
+) -> None:
+    """An exponential of a statistic, an infinite number: the kernel is that of the norm alone."""
+    users = Renormalised(limit)
     batches = draw(torch.contiguous_format, torch.contiguous_format)
     assert contract_violations(users, forced, batches) == []
     model = forced(copy.deepcopy(users))

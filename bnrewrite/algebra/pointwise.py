@@ -178,8 +178,14 @@ def _small(rule: Rule) -> Rule:
 
 
 def bilinear(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
-    """A product."""
-    return _binary(Ring.multiply)(reading, node, a)
+    """A product; zero times a tensor carries its gradient, which is zero, and its NaN."""
+    found = _binary(Ring.multiply)(reading, node, a)
+    if not found.value.terms:
+        factors = (reading.operand(a[name]).value for name in ("self", "other"))
+        sources = {source for factor in factors for source in reading.ring.raw(factor)}
+        if any(reading.ring.differentiable(source) for source in sources):
+            raise Opaque("zero times a tensor")
+    return found
 
 
 def sym_float(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:

@@ -146,13 +146,27 @@ class Source:
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
     def copied(self) -> list[int]:
-        """The tensors of which a copy is saved: buffers, and a bias whose activation is masked.
+        """The tensors of which a copy is saved: any may change before the backward of user's code.
 
-        Either may change before the backward in the user's code.
+        Buffers; a bias whose activation is masked; and a weight that is no factor itself, as in
+        ``y * (1 + w)``: autograd keeps the sum.
         """
         program, free, firm = self.program, self.free(), self.firm()
         masks = bool(program.activation) and not program.residual
-        return [i for i in self.used() if i not in free or (masks and i not in firm)]
+        return [
+            i
+            for i in self.used()
+            if i not in free or (not self.multiplies(i) if i in firm else masks)
+        ]
+
+    def multiplies(self, number: int) -> bool:
+        """Whether the scale is a tensor times what is free of it, without a number in front."""
+        if len(self.program.scale) != 1:
+            return False
+        (term,) = self.program.scale
+        symbol, scale = self.program.symbol(number), term.group * term.element
+        coefficient, rest = (scale / symbol).as_coeff_Mul()
+        return bool(coefficient == 1) and symbol not in rest.free_symbols
 
     def runs(self, number: int) -> list[int]:
         """The loops along which a tensor runs."""
