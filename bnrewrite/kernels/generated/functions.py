@@ -16,7 +16,7 @@ NODES = 64
 
 @cache
 def functions_source(single: str) -> str:
-    """Exponential, bounds, logistic, hyperbolic tangent and normal distribution, in one precision."""
+    """Exponential, logistic, hyperbolic tangent and normal distribution, in one precision."""
     terms = ", ".join(
         f"acc({value!r})" for value in tail_series(2.0 ** (-27 if single == "float" else -56))
     )
