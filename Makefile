@@ -56,9 +56,12 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks.norms
+	$(BIN)/python -m benchmarks.network_norms
 	$(BIN)/python -m benchmarks.onnx_norms
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.rewriter
+	$(BIN)/torchrun --nproc-per-node 2 -m benchmarks.soak
+	$(BIN)/python -m benchmarks.kernel_builds
 	$(BIN)/python -m benchmarks.training_steps
 
 clean:

@@ -32,8 +32,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import bnrewrite
-from benchmarks.gpu_cases import KINDS, Case, cases
 from benchmarks.measure import Timing
+from benchmarks.network_cases import KINDS, Case, cases
 from benchmarks.tables import RESULTS, Results
 
 HAND, NATIVE = KINDS

@@ -62,27 +62,6 @@ def resnet50(norm: Norm, width: int = 16) -> nn.Module:
     return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), *blocks, pool, flat, nn.Linear(channels, 10))
 
 
-class FirstNorm(nn.Module):
-    """ConvNeXt's LayerNorm over the channels of images, by hand."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(1, keepdim=True)
-        x = (x - mean) / torch.sqrt((x - mean).pow(2).mean(1, keepdim=True) + 1e-6)
-        return self.weight[:, None, None] * x + self.bias[:, None, None]
-
-
-class NativeFirstNorm(nn.LayerNorm):
-    """The same through the native operator."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def convolutions(norm: Norm, channels: int = 48, depth: int = 6) -> nn.Module:
     """Depthwise convolution, norm, two pointwise convolutions, as in ConvNeXt."""
     blocks = [
@@ -141,8 +120,8 @@ def pairs(only: str | None = None) -> list[Pair]:
               {"x": torch.randn(8, 3, 32, 32), "mode": TESTING}),
         _pair("ResNet-50", resnet50, hand_written.BatchNorm, nn.BatchNorm2d,
               {"input": torch.randn(4, 3, 96, 96)}),
-        _pair("ConvNeXt-like", convolutions, FirstNorm,
-              lambda channels: NativeFirstNorm(channels, 1e-6),
+        _pair("ConvNeXt-like", convolutions, hand_written.ChannelNorm,
+              hand_written.NativeChannelNorm,
               {"input": torch.randn(4, 3, 96, 96)}),
         _pair("U-Net-like", unet, lambda c: hand_written.GroupNorm(8, c),
               lambda c: nn.GroupNorm(8, c), {"input": torch.randn(4, 3, 48, 48)}),

@@ -24,7 +24,7 @@ import bnrewrite
 from benchmarks import hand_written
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
 from benchmarks.measure import Clock, interleaved, saved_bytes
-from benchmarks.onnx_models import FirstNorm, NativeFirstNorm, Norm, unet
+from benchmarks.onnx_models import Norm, unet
 from benchmarks.tables import RESULTS, Results
 
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
@@ -107,8 +107,8 @@ MODELS = (
     Model(
         "ConvNeXt-T",
         convnext_tiny,
-        FirstNorm,
-        lambda channels: NativeFirstNorm(channels, 1e-6),
+        hand_written.ChannelNorm,
+        hand_written.NativeChannelNorm,
         (4, 3, 64, 64),
     ),
     Model(

@@ -25,6 +25,7 @@ from bnrewrite.algebra.anchors import elements
 from bnrewrite.algebra.axes import Axis, Dims
 from bnrewrite.kernels import FLOATING
 
+from .cost_table import fastest, table_of, work_of
 from .nodes import current
 
 LONGEST_NORM = 4096
@@ -42,11 +43,31 @@ def may_generate(found: Match) -> bool:
     return bool(found.over) and x.device.type in ("cpu", "cuda") and x.dtype in FLOATING
 
 
-def has_fast_kernel(found: Match) -> bool:
-    """Whether a kernel of its own beats the other lowerings; no GPU has measured it yet."""
-    if found.linear.source.meta["val"].device.type != "cpu":
-        return False
-    return elements(found.linear.source) >= SMALLEST_KERNEL
+def choice(reading: Reading, found: Match, *, native: bool, kernel: bool) -> str | None:
+    """The lowering that the table of the device says to take in the eager stage.
+
+    Args:
+        reading: of the graph.
+        found: the site.
+        native: an operator of PyTorch may be taken.
+        kernel: a kernel may be taken, if it is not too small.
+
+    Returns:
+        None where nothing was measured. Then a CPU takes a kernel where it may, a GPU does not, and
+        an operator of PyTorch comes before moments and a multiply-add.
+    """
+    device = found.linear.source.meta["val"].device.type
+    table, work = table_of(device), work_of(reading, found)
+    times = None if table is None else table.times(work)
+    small = work.elements is not None and work.elements < SMALLEST_KERNEL
+    kernel = kernel and not small
+    if times is None:
+        return "generated" if kernel and device == "cpu" else None
+    may = {"generated": kernel, "native": native, "composite": True}
+    chosen = fastest(times, [lowering for lowering in may if may[lowering]])
+    if chosen == "composite" and native and "native" not in times:
+        return None
+    return chosen
 
 
 def may_choose_norm(reading: Reading, found: Match) -> bool:

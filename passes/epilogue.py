@@ -1,7 +1,7 @@
 """Takes what follows a norm, element by element, into its site.
 
-Before:  z = relu(norm(x)),  z = relu(norm(x) + residual)
-After:   the site has an epilogue, which a kernel computes while it writes the norm.
+Before:  z = relu(norm(x) * r + d),  z = relu(norm(x) + residual)
+After:   the site has a formula with r and d, and an epilogue, which a kernel computes at once.
 Leaves alone: norms that are used elsewhere too; residuals of another shape, dtype or device; a
 region of other gradient mode between the two; other activations of a sum than ReLU: a backward
 would need its result, which users may write over, as they may not where ReLU keeps it.
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrewrite.algebra import Match, Reading, further
 from bnrewrite.algebra.calls import is_tensor, shape_of
 from bnrewrite.kernels import may_follow_residual
 
 from .nodes import aten
-from .rewriting import Decision, Epilogue, Rewriting
+from .rewriting import Epilogue, Rewriting
 
 ACTIVATIONS: dict[Any, str] = {
     (aten.relu.default, ()): "relu",
@@ -43,20 +44,49 @@ class TakeEpilogues:
 
     def run(self, rewriting: Rewriting) -> None:
         """Fill in the epilogues of decisions."""
+        reading, stopped = rewriting.reading, _without_gradients(rewriting)
         for decision in rewriting.decisions:
             if decision.refusal is None:
-                decision.epilogue = _epilogue(decision)
+                assert reading is not None
+                decision.whole = _whole(reading, decision.match, stopped)
+                decision.epilogue = _epilogue(decision.whole or decision.match, stopped)
 
 
-def _epilogue(decision: Decision) -> Epilogue | None:
-    site, residual = decision.match.node, None
-    last = _only_user(site)
+def _without_gradients(rewriting: Rewriting) -> set[fx.Node]:
+    """The nodes that are computed where no gradient is recorded."""
+    found: set[fx.Node] = set()
+    grad = rewriting.canonical.grad_enabled
+    for node in rewriting.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        elif not grad:
+            found.add(node)
+    return found
+
+
+def _whole(reading: Reading, found: Match, stopped: set[fx.Node]) -> Match | None:
+    """A site with all that scales and shifts it further; None where nothing does."""
+    whole, node = found, _only_user(found.node, stopped)
+    while found.over and node is not None:
+        more = further(reading, found, node)
+        if more is None:
+            break
+        if (more.linear.scale, more.linear.shift) != (whole.linear.scale, whole.linear.shift):
+            whole = more
+        node = _only_user(node, stopped)
+    return None if whole is found else whole
+
+
+def _epilogue(found: Match, stopped: set[fx.Node]) -> Epilogue | None:
+    """The activation behind a site, and what is added before it."""
+    site, residual = found.node, None
+    last = _only_user(site, stopped)
     if last is None:
         return None
     activation = _activation(last, site)
     if activation is None:
-        residual = _residual(last, decision)
-        end = None if residual is None else _only_user(last)
+        residual = _residual(last, found)
+        end = None if residual is None else _only_user(last, stopped)
         activation = None if end is None else _activation(end, last)
         if activation is None or end is None or not may_follow_residual(activation):
             return None
@@ -64,17 +94,12 @@ def _epilogue(decision: Decision) -> Epilogue | None:
     return Epilogue(activation, residual, last)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: fx.Node, stopped: set[fx.Node]) -> fx.Node | None:
     """The one user of a node, in the same gradient mode."""
     if len(node.users) != 1:
         return None
     (user,) = node.users
-    between = node.next
-    while between is not user:
-        if between.target is torch._C._set_grad_enabled:
-            return None
-        between = between.next
-    return user
+    return user if (user in stopped) == (node in stopped) else None
 
 
 def _activation(node: fx.Node, of: fx.Node) -> str | None:
@@ -88,9 +113,9 @@ def _activation(node: fx.Node, of: fx.Node) -> str | None:
     return ACTIVATIONS.get((node.target, options))
 
 
-def _residual(node: fx.Node, decision: Decision) -> fx.Node | None:
+def _residual(node: fx.Node, found: Match) -> fx.Node | None:
     """What is added to a site's value, where it is a tensor just like it."""
-    site, linear = decision.match.node, decision.match.linear
+    site, linear = found.node, found.linear
     if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return None
     (other,) = [arg for arg in node.args if arg is not site] or [None]

@@ -278,9 +278,14 @@ class _Text:
     def _function(self, base: Function) -> str:
         """A root, or the larger of a statistic and a number; the number stands in any place."""
         values = sorted(base.arguments, key=lambda argument: argument.constant is not None)
-        if base.name not in FUNCTIONS or any(v.constant is None for v in values[1:]):
+        if base.name not in (*FUNCTIONS, "clamp_max") or any(
+            v.constant is None for v in values[1:]
+        ):
             raise Unwritable(f"no kernel has the function {base.name}")
-        return f"{FUNCTIONS[base.name]}({', '.join(map(self.sum, values))})"
+        written = [f"({self.sum(value)})" for value in values]
+        if base.name == "clamp_max":
+            return f"(-Larger(-{written[0]}, -{written[1]}))"
+        return f"{FUNCTIONS[base.name]}({', '.join(written)})"
 
     def _extent(self, base: Extent) -> str:
         """A symbolic size by the extents of the axes of x."""

@@ -20,6 +20,7 @@ from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
 
 from .composite import write_composite
+from .counters import check_counters, count_all, name_of_buffer
 from .emitter import Reusable
 from .generated import write_generated
 from .native import layout_of, write_native
@@ -56,7 +57,8 @@ class Lower:
                 _lower(rewriting, decision, statistics.before(decision.match.node))
             decision.record = rewriting.describe(decision)
             if decision.lowering == "synchronised":
-                synchronised[number] = reductions_of(statistics.reading, decision)
+                left = statistics.of_this_process.get(decision.match.node, [])
+                synchronised[number] = reductions_of(statistics.reading, decision) + left
         note_leftovers(rewriting, synchronised)
 
 
@@ -73,6 +75,7 @@ class _Statistics:
         self.known: Reusable = {}
         self.direct: set[fx.Node] = set()
         self.sizes: Sizes = {}
+        self.of_this_process: dict[fx.Node, list[fx.Node]] = {}  # by site that is synchronised
         self.made_of = self._values(rewriting)
 
     def _values(self, rewriting: Rewriting) -> dict[Any, dict[fx.Node, fx.Node | None]]:
@@ -159,7 +162,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         _replace_value(rewriting, old, new)
         statistics.made_of[found.linear.source].pop(old)
     buffers = [u.buffer for u in state.updates if u.buffer is not None]
-    decision.state += [str(b.meta.get("path") or b.name) for b in buffers]
+    decision.state += map(name_of_buffer, buffers)
 
 
 def _written(
@@ -169,14 +172,20 @@ def _written(
     found = decision.match
     assert rewriting.reading is not None
     if decision.lowering == "generated":
-        try:
-            writing = _writing(rewriting, found, statistics, None)
-            return write_generated(writing, state, decision.epilogue)
-        except (Unwritable, Opaque):
-            decision.lowering = decision.otherwise
-            state.replaced.clear()
+        while True:
+            whole = decision.whole or found
+            try:
+                writing = _writing(rewriting, whole, statistics, None)
+                return write_generated(writing, state, decision.epilogue)
+            except (Unwritable, Opaque):
+                state.replaced.clear()
+            if decision.whole is None:
+                break
+            decision.whole = decision.epilogue = None
+        decision.lowering = decision.otherwise
     if decision.lowering == "synchronised":
         check_updates(statistics.made_of.get(found.linear.source, {}), state.updates)
+        check_counters(rewriting, found, state.updates)
     elif decision.lowering == "native":
         layout = layout_of(rewriting.reading, found)
         return write_native(_writing(rewriting, found, statistics, layout), state)
@@ -199,6 +208,10 @@ def _composite(
         try:
             replacement = write_composite(writing)
             _write_state(writing, state)
+            if isinstance(writing, SynchronisedWriting):
+                counted, left = count_all(rewriting, writing)
+                decision.state += map(name_of_buffer, counted)
+                statistics.of_this_process[found.node] = left
             return replacement
         except Unwritable as refusal:
             reason = refusal

@@ -13,7 +13,7 @@ from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
 from bnrewrite.kernels import why_no_kernels, why_no_triton
 
-from .costs import has_fast_kernel, has_fast_norm, may_generate
+from .costs import choice, has_fast_norm, may_generate
 from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
@@ -22,7 +22,7 @@ from .synchronise import UNSYNCHRONISED, batch_symbols, group_of, is_of_batch, w
 
 @dataclass(frozen=True)
 class Plan:
-    """A kernel where it is the fastest, else PyTorch's op, else moments and a multiply-add."""
+    """The lowering that was measured to be the fastest, in the eager stage; else a fixed one."""
 
     name: str = "plan"
 
@@ -85,6 +85,11 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
         native = False
     if options.kernels == "auto" and options.stage == "inductor":
         native = False  # Inductor fuses moments and a multiply-add; it takes native norms apart
+    # the table is of the eager stage: what it says of a call is not so where calls are fused
+    if options.kernels == "auto" and options.stage == "eager":
+        measured = choice(reading, found, native=native, kernel=False)
+        if measured is not None:
+            return measured
     if options.kernels == "auto" and found.kind == "rms_norm":
         eager = options.stage == "eager"  # rms_norm is no operation of its own on a CPU
         native = native and not has_fast_norm(reading, found, eager=eager)
@@ -100,7 +105,11 @@ def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
         return options.kernels == "generated" and device == "cuda" and may_generate(found)
     if options.stage != "eager" or options.kernels not in ("auto", "generated"):
         return False
-    return may_generate(found) and (options.kernels == "generated" or has_fast_kernel(found))
+    if not may_generate(found) or options.kernels == "generated":
+        return may_generate(found)
+    assert rewriting.reading is not None
+    native = has_native(rewriting.reading, found)
+    return choice(rewriting.reading, found, native=native, kernel=True) == "generated"
 
 
 def _loses_digits(rewriting: Rewriting, found: Match) -> bool:

@@ -48,7 +48,8 @@ class Decision:
     Attributes:
         lowering: "native", "generated" or "composite" once planned, "fold" once folded.
         otherwise: what it is where the formula has no kernel.
-        epilogue: what a kernel may compute along with it.
+        whole: the site and what scales and shifts it further, as one formula, for a kernel.
+        epilogue: what follows that, which a kernel may compute too.
         refusal: why it stays, where it stays.
         state: paths of the buffers that are updated from the site's moments.
     """
@@ -56,6 +57,7 @@ class Decision:
     match: Match
     lowering: str | None = None
     otherwise: str | None = None
+    whole: Match | None = None
     epilogue: Epilogue | None = None
     refusal: Refusal | None = None
     notes: list[str] = field(default_factory=list)
@@ -64,10 +66,10 @@ class Decision:
 
     @property
     def replaced(self) -> fx.Node:
-        """The node that the lowering takes the place of; a kernel takes the epilogue along."""
-        if self.epilogue is not None and self.lowering == "generated":
-            return self.epilogue.last
-        return self.match.node
+        """The node that the lowering takes the place of; a kernel takes what follows along."""
+        if self.lowering != "generated":
+            return self.match.node
+        return self.epilogue.last if self.epilogue is not None else (self.whole or self.match).node
 
 
 class Rewriting:

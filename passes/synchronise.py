@@ -53,7 +53,7 @@ def batch_symbols(rewriting: Rewriting) -> Symbols:
     found: set[sympy.Symbol] = set()
     for node, given in zip(rewriting.placeholders(), rewriting.canonical.inputs, strict=True):
         if given.kind == "input" and is_tensor(node) and node.meta["val"].dim():
-            found |= _symbols(node.meta["val"].shape[0])
+            found |= symbols_of(node.meta["val"].shape[0])
     return frozenset(found)
 
 
@@ -153,15 +153,21 @@ class SynchronisedWriting(Writing):
         """An emitter for tensors that run along some of the axes only."""
         return self._emitter(dims, self.emitter.sizes)
 
+    @property
+    def own_batch(self) -> sympy.Symbol:
+        """The size of the batch that the moments are taken over."""
+        symbol = _batch_of(product(axis.size for axis in self.match.over), self.batch)
+        assert symbol is not None
+        return symbol
+
     def whole(self, nodes: Nodes, size: Size) -> Value:
         """A size of the formula, with the batch of all processes."""
-        own = product(axis.size for axis in self.match.over)
-        symbol = _batch_of(own, self.batch)
-        assert symbol is not None
-        if _symbols(size) & self.batch != {symbol} or size != symbol:
+        symbol = self.own_batch
+        if symbols_of(size) & self.batch != {symbol} or size != symbol:
             raise Unwritable(f"{UNSYNCHRONISED}: the size {size} in them is none of the batch")
         self.moments()
         assert self._total is not None
+        own = product(axis.size for axis in self.match.over)
         rest = sympy.sympify(own) / symbol
         return nodes.over(self._total, nodes.extent(rest))
 
@@ -177,7 +183,7 @@ class _Emitter(Emitter):
         self.writing = writing
 
     def _base(self, base: Base) -> Value:
-        if isinstance(base, Extent) and _symbols(base.size) & self.writing.batch:
+        if isinstance(base, Extent) and symbols_of(base.size) & self.writing.batch:
             return self.writing.whole(self, base.size)
         if isinstance(base, Reduction) and _is_over(base, self.writing.batch):
             raise Unwritable(f"{UNSYNCHRONISED}: they are not the mean and the variance")
@@ -216,7 +222,7 @@ def reductions_of(reading: Reading, decision: Decision) -> list[fx.Node]:
 
 def _batch_of(own: Size, batch: Symbols) -> sympy.Symbol | None:
     """The one size of the batch that a number of elements is a multiple of."""
-    inside = _symbols(own) & batch
+    inside = symbols_of(own) & batch
     if len(inside) != 1:
         return None
     (symbol,) = inside
@@ -230,14 +236,15 @@ def _moments(ring: Ring, found: Match) -> set[int]:
 
 def _is_over(base: Reduction, batch: Symbols) -> bool:
     sizes = (axis.size for axis in base.bound)
-    return any(_symbols(size) & batch for size in sizes)
+    return any(symbols_of(size) & batch for size in sizes)
 
 
 def _reductions(ring: Ring, values: Iterable[Polynomial]) -> list[Reduction]:
     return [b for b in ring.within(*values, reduced=True) if isinstance(b, Reduction)]
 
 
-def _symbols(size: Any) -> Symbols:
+def symbols_of(size: Any) -> Symbols:
+    """The symbols in a size."""
     expression = getattr(getattr(size, "node", None), "expr", size)
     return frozenset(
         s for s in sympy.sympify(expression).free_symbols if isinstance(s, sympy.Symbol)

@@ -257,7 +257,8 @@ def hint(stride: int | torch.SymInt) -> int:
 
 
 def _strides(value: torch.Tensor) -> list[Size]:
-    return [size_of(st) for st, s in zip(value.stride(), value.shape, strict=True) if s != 1]
+    pairs = zip(value.stride(), value.shape, strict=True)
+    return [size_of(st) for st, s in pairs if size_of(s) != 1]  # no guard on a symbolic size
 
 
 def flat(dims: Dims) -> Dims:

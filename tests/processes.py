@@ -55,15 +55,19 @@ def outcomes(module: str, folders: pytest.TempPathFactory) -> dict[tuple[int, st
     return found
 
 
-def _start(module: str, folder: Path) -> None:
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    """Of a process that starts others on this machine."""
+    return os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
+
+
+def _start(module: str, folder: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, str(TESTS / "processes.py"), module, str(folder)],
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=LIMIT,

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(why_no_kernels() is not None, reason=str(why_no_
 NAMES = ("relu", "relu6", "leaky_relu 0.01", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
 # a weight of zero: what the activation gets is the bias
 TEXT = "x[n d] over d; t0[d]; t1[d]; centre = M; scale = t0*(V + 1.0e-5)**(-1/2); shift = t1; "
-LARGE = (1e4, 1e14, 1e18, math.inf)
-EDGES = (0.0, -0.0, 1e-8, -1e-8, 1e-20, 6.0, *LARGE, *(-z for z in LARGE), math.nan)
+FAR = (1e-8, 1e-20, 6.0, 1e4, 1e14, 1e18, math.inf)
+EDGES = (0.0, -0.0, *FAR, *(-each for each in FAR), math.nan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

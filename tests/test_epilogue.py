@@ -59,11 +59,21 @@ TAKEN: dict[str, Ending] = {
     "sigmoid": lambda y, _: torch.sigmoid(y),
     "tanh": lambda y, _: torch.tanh(y),
     "twice itself": lambda y, _: torch.relu(y + y),
+    "scaled for each sample": lambda y, o: torch.relu(
+        y * (1 + o[:, :, :1, :1]) + o[:, :, 1:2, 1:2]
+    ),
+    "scaled inside a channel": lambda y, other: functional.silu(y * other[:1, :1]),
+    "broadcast": lambda y, other: torch.relu(y + other[:1]),
+    "masked": lambda y, other: torch.relu(y * (other[:, :, :1] > 0)),
+    "within limits": lambda y, other: torch.relu(y * other[:1, :, :1, :1].clamp(-0.5, 0.5)),
+    "permuted between": lambda y, other: torch.relu((y.mT * other[0, 0, 0, 0]).mT + 1.5),
 }
 LEFT: dict[str, Ending] = {
     "used elsewhere": lambda y, _: torch.relu(y) + y,
     "a sum that is used elsewhere": lambda y, other: torch.relu(y + other) * (y + other),
-    "broadcast": lambda y, other: torch.relu(y + other[:1]),
+    "scaled by another": lambda y, other: torch.relu(y * other),
+    "scaled by its own": lambda y, _: torch.relu(y * y.mean((2, 3), keepdim=True)),
+    "scaled by what has no kernel": lambda y, other: torch.relu(y * other[:1].exp() * other),
     "residual, relu6": lambda y, other: functional.relu6(y + other),
     "scaled residual": lambda y, other: torch.relu(torch.add(y, other, alpha=2)),
     "other bounds": lambda y, _: functional.hardtanh(y, 0.0, 5.0),
@@ -97,9 +107,18 @@ def activations(model: Any, inputs: tuple[Tensor, Tensor]) -> int:
     return sum(after.count(f"aten.{name}") for name in (*names, "leaky_relu"))
 
 
-@pytest.mark.parametrize("other", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dense", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("ending", TAKEN)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("ending", "dense", "other"),
+    [
+        (ending, dense, other)
+        for ending in TAKEN
+        for dense in LAYOUTS
+        for other in (LAYOUTS if "residual" in ending else (dense,))
+    ],
+)
 def test_a_kernel_takes_it(
     ending: str, dense: torch.memory_format, other: torch.memory_format
 ) -> None:
@@ -180,3 +199,54 @@ def test_a_result_that_is_written_over_before_the_backward() -> None:
         (result * torch.arange(7)).sum().backward()
         found.append([result, leaf.grad])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class Renormalised(nn.Module):
+    """A norm whose further scale and shift are made of its statistics, within limits."""
+
+    stored: Tensor
+
+    def __init__(self, limit: Callable[[Tensor], Tensor], *, shortcut: bool = False) -> None:
+        super().__init__()
+        self.limit, self.shortcut = limit, shortcut
+        self.register_buffer("stored", torch.linspace(0.5, 2, 6).view(6, 1, 1))
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        mean = x.mean((0, 2, 3), keepdim=True)
+        deviation = (x.var((0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+        y = (x - mean) / deviation * self.limit(deviation.detach() / self.stored)
+        y = y + self.limit((mean.detach() - 0.1) / self.stored)
+        with torch.no_grad():
+            self.stored.mul_(0.9).add_(0.1 * deviation[0])
+        return torch.tanh(x + y if self.shortcut else y)
+
+
+LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda r: r,
+    "both": lambda r: r.clamp(0.8, 1.2),
+    "below": lambda r: r.clamp_min(-0.05),
+    "above": lambda r: r.clamp(max=0.9),
+}
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_further_scale_of_statistics(limit: str, shortcut: bool) -> None:
+    users = Renormalised(LIMITS[limit], shortcut=shortcut)
+    batches = draw(torch.contiguous_format, torch.contiguous_format)
+    assert contract_violations(users, forced, batches) == []
+    model, (x, other) = forced(copy.deepcopy(users)), batches[0]
+    x.requires_grad_()  # else the statistic and the same one detached cancel
+    assert activations(model, (x, other)) == 0
+    (site,) = explain(model, x, other).sites
+    assert (site.kind, site.lowering) == ("batch_norm", "generated")
+
+
+def test_a_further_scale_without_a_kernel_leaves_the_norm_its_own() -> None:
+    """An exponential of a statistic: the kernel is that of the norm alone."""
+    users = Renormalised(torch.exp)
+    batches = draw(torch.contiguous_format, torch.contiguous_format)
+    assert contract_violations(users, forced, batches) == []
+    model = forced(copy.deepcopy(users))
+    assert activations(model, batches[0]) == 1
+    assert [site.lowering for site in explain(model, *batches[0]).sites] == ["generated"]

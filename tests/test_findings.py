@@ -60,6 +60,7 @@ def test_the_page_shows_what_is_found(
 
 # what the smallest example leaves out besides: nobody updates its other statistic
 SECONDARY = {code: {"BNR011"} for code in ("BNR001", "BNR002", "BNR007")}
+SECONDARY["BNR014"] = {"BNR016"}  # its wrapper discards what all but the first replica update
 
 
 def codes(model: Callable[..., Any], *inputs: Any) -> set[str]:
@@ -180,6 +181,24 @@ def test_domains_under_ddp(broadcast: bool, tmp_path: Path) -> None:
 
 def test_domains_of_one_process_are_no_finding() -> None:
     assert codes(DomainNet(lambda size: nn.BatchNorm1d(size), 3), torch.randn(4, 5), 1) == set()
+
+
+@pytest.mark.parametrize("devices", [[], [0], [0, 1]])
+def test_replicas_discard_statistics_where_there_are_several(
+    devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.DataParallel, "forward", lambda self, x: self.module(x))
+    wrapper = nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    wrapper.device_ids = devices
+    model, x = nn.Sequential(wrapper, nn.Conv2d(4, 2, 1)), torch.randn(4, 3, 5, 5)
+    findings = explain(model, x).findings
+    assert [finding.code for finding in findings] == ([] if len(devices) == 1 else ["BNR016"])
+    assert all("0.module.1.num_batches_tracked and 2 more" in each.message for each in findings)
+    assert codes(model.eval(), x) == set()
+
+
+def test_replicas_without_statistics_are_no_finding() -> None:
+    assert codes(nn.DataParallel(nn.LayerNorm(6)), torch.randn(4, 6)) == set()
 
 
 def test_strict_and_switches_do_not_depend_on_findings() -> None:

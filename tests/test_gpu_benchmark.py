@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bnrewrite
-from benchmarks import gpu_cases, gpu_norms
+from benchmarks import gpu_norms, network_cases
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -29,11 +29,11 @@ def test_a_case_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [n for n in gpu_cases.CASES if n.name != "general"], ids=lambda norm: norm.name
+    "norm", [n for n in network_cases.CASES if n.equal], ids=lambda norm: norm.name
 )
-def test_the_models_of_a_case_are_one_formula(norm: gpu_cases.Norm) -> None:
+def test_the_models_of_a_case_are_one_formula(norm: network_cases.Norm) -> None:
     shape = (2, 64, 3, 3) if len(norm.sizes[0]) == 4 else (2, 3, 16)
-    case = gpu_cases.Case(norm, shape, "channels_last", "float32")
+    case = network_cases.Case(norm, shape, "channels_last", "float32")
     models = case.models("cpu")
     *inputs, _ = case.tensors("cpu")
     made = [model.double()(*(x.double() for x in inputs)) for model in models.values()]
@@ -42,7 +42,7 @@ def test_the_models_of_a_case_are_one_formula(norm: gpu_cases.Norm) -> None:
 
 def test_a_case_is_checked_against_float64() -> None:
     """On a CPU its kernels are C++; what is asked of them is the same."""
-    case = gpu_cases.Case(gpu_cases.CASES[1], (4, 16, 6, 6), "NCHW", "float32")
+    case = network_cases.Case(network_cases.CASES[1], (4, 16, 6, 6), "NCHW", "float32")
     hand = case.models("cpu")[gpu_norms.HAND]
     *inputs, cotangent = case.tensors("cpu")
     for x in inputs:
@@ -56,15 +56,15 @@ def test_a_case_is_checked_against_float64() -> None:
 
 
 def test_every_case_is_listed_once() -> None:
-    every = gpu_cases.cases()
+    every = network_cases.cases()
     assert len({str(case) for case in every}) == len(every)
     assert {case.layout for case in every} == {"NCHW", "channels_last", "contiguous"}
-    assert gpu_cases.cases("rms_norm, 4x2048x4096, contiguous, bfloat16")[0].channels == 4096
+    assert network_cases.cases("rms_norm, 4x2048x4096, contiguous, bfloat16")[0].channels == 4096
 
 
 def test_without_liger_there_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    (case, *_) = gpu_cases.cases("rms_norm")
+    (case, *_) = network_cases.cases("rms_norm")
     assert case.liger(nn.RMSNorm(4096, eps=1e-6)) is None
 
 

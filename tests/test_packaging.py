@@ -57,11 +57,15 @@ def test_types_are_shipped() -> None:
 
 
 def test_what_is_not_python_is_shipped() -> None:
-    """Headers of kernels: without them nothing can be imported."""
+    """Headers of kernels, without which nothing can be imported; tables of costs."""
     shipped = PROJECT["tool"]["setuptools"]["package-data"]
     others = [path for path in (ROOT / "bnrewrite").rglob("*") if path.suffix in (".h", ".cpp")]
+    tables = [
+        ROOT / "bnrewrite" / "passes" / path.name for path in (ROOT / "passes").glob("*.json")
+    ]
     assert others
-    for path in others:
+    assert tables
+    for path in (*others, *tables):
         package = ".".join(path.parent.relative_to(ROOT).parts)
         assert any(path.match(pattern) for pattern in shipped[package])
 

@@ -21,6 +21,7 @@ from bnrewrite.capture.canonical import Canonical, canonicalise
 from bnrewrite.kernels import norm, why_no_triton
 from bnrewrite.options import Options
 from bnrewrite.passes import rewrite
+from bnrewrite.passes.cost_table import Table, Work
 
 FILE = Path(__file__).with_name("triton_interpreted.py")
 
@@ -111,6 +112,16 @@ def test_a_gpu_gets_none_unasked(kernels: str) -> None:
     lowering, _, targets = on_a_gpu(Options(kernels=kernels))
     assert lowering in ("native", "composite")
     assert norm not in targets
+
+
+def test_a_gpu_that_was_measured_takes_what_won(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    key = Work("layer_norm", "rows", "float32", training=False).key
+    for generated, expected in ((1.0, "generated"), (3.0, "native")):
+        times = {"generated": (generated,), "native": (2.0,), "composite": (4.0,)}
+        tables = {"cuda": Table((2048,), {key: times})}
+        monkeypatch.setattr("bnrewrite.passes.costs.table_of", tables.get)
+        assert on_a_gpu(Options())[0] == expected
 
 
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from .accuracy import cancels, centre, chain, remarks, shares_its_errors, square
 from .formula import formula
 from .match import Match
 from .meaning import Meaning, Reading, read
-from .selection import find
+from .selection import find, further
 
 __all__ = [
     "Match",
@@ -15,6 +15,7 @@ __all__ = [
     "chain",
     "find",
     "formula",
+    "further",
     "read",
     "remarks",
     "shares_its_errors",

@@ -42,6 +42,25 @@ def find(reading: Reading, graph: fx.Graph) -> list[Match]:
     return [as_written(reading, chosen[n]) for n in graph.nodes if n in chosen]
 
 
+def further(reading: Reading, found: Match, node: fx.Node) -> Match | None:
+    """A site read at a node behind it: more is multiplied to it and added.
+
+    None where a factor of that is as large as the tensor, where it has other statistics, or is no
+    longer of degree one.
+    """
+    for linear in linear_forms(reading, node):
+        if linear.source is found.linear.source and linear.index == found.linear.index:
+            try:
+                more = match(reading, linear)
+            except Opaque:
+                return None
+            ring, parts = reading.ring, (linear.scale, linear.shift)
+            factors = {base for part in parts for monomial in part.terms for base, _ in monomial}
+            small = all(ring.bases[base].axes < linear.axes for base in factors)
+            return more if small and more.over == found.over else None
+    return None
+
+
 def _of_node(reading: Reading, node: fx.Node) -> Match | None:
     meaning = reading.formula(node)
     if meaning is None or node.op != "call_function" or node in reading.gone:

@@ -33,6 +33,7 @@ def diagnose(looks: Sequence[Look], model: Any) -> list[Finding]:
         if model.training:
             found += _never_updated(noticed, seen, model)
         found += _never_loaded(noticed, model)
+        found += _of_replicas(noticed, model)
         if shared:
             found += _of_one_domain(noticed, seen, model)
     return list(dict.fromkeys(found))
@@ -116,6 +117,22 @@ def _shares_buffers(model: nn.Module) -> bool:
         or (isinstance(each, nn.parallel.DistributedDataParallel) and each.broadcast_buffers)
         for each in model.modules()
     )
+
+
+def _of_replicas(noticed: Sequence[Noticed], model: nn.Module) -> Iterator[Finding]:
+    """Wrappers that run a replica per device, and buffers in them that the call updates.
+
+    One without devices counts: it waits for a machine that has some.
+    """
+    updated = sorted({path for each in noticed for path in each.updated})
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) != 1:
+            inside = f"{name}.module.".lstrip(".")
+            own = [path for path in updated if path.startswith(inside)]
+            if own:
+                more = f" and {len(own) - 1} more" if own[1:] else ""
+                source = _place(noticed, own[0].rpartition(".")[0])
+                yield pathology("replica-statistics-discarded", source, f"{own[0]}{more}")
 
 
 def _of_one_domain(

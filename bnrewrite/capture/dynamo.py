@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
-from torch._dynamo.exc import TorchRuntimeError
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchRuntimeError
 from torch._dynamo.types import ConvertFrameReturn
 
 from bnrewrite.capture.backend import Compiler
@@ -21,6 +21,7 @@ from bnrewrite.capture.samples import mark_samples, sizes_without_meaning
 from bnrewrite.errors import first_line
 
 _EAGERLY = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+_AS_BEFORE = _FrameExecStrategy(_FrameAction.RUN_ONLY, _FrameAction.RUN_ONLY)  # or eagerly
 PATIENCE = 3  # failures on the user's operations before a function is no longer tried
 
 
@@ -51,10 +52,28 @@ class Tolerant:
 
     def __call__(self, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
         if self._compiler.options.sync_stats is not None:
-            with sizes_without_meaning():
-                mark_samples(args[0])
-                return self._tried(args, kwargs)
+            return self._synchronised(args, kwargs)
         return self._tried(args, kwargs)
+
+    def _synchronised(self, args: Any, kwargs: Any) -> ConvertFrameReturn:
+        """Convert a frame to the graph that other processes have; say where Dynamo takes no more.
+
+        The user's code as it is calls no collective, and others may wait for it.
+        """
+        config: Any = torch._dynamo.config
+        is_wanted = config.fail_on_recompile_limit_hit
+        with sizes_without_meaning(), config.patch(fail_on_recompile_limit_hit=True):
+            mark_samples(args[0])
+            try:
+                return self._tried(args, kwargs)
+            except FailOnRecompileLimitHit:
+                if is_wanted:
+                    raise
+        self._compiler.warn(
+            "its statistics are those of this process from here on, because Dynamo compiles it no "
+            f"more than torch._dynamo.config.recompile_limit, {config.recompile_limit} times"
+        )
+        return ConvertFrameReturn(frame_exec_strategy=_AS_BEFORE)
 
     def _tried(self, args: Any, kwargs: Any) -> ConvertFrameReturn:
         try:

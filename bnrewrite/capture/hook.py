@@ -78,7 +78,7 @@ class _BoundCall:
             hook = _restored(module, hook)
         if is_traced():
             return None
-        if getattr(module, "_is_replica", False):
+        if module.__dict__.get("_is_replica"):
             hook.compiler.warn_of_replicas(module)
         return types.MethodType(hook.run, module)
 

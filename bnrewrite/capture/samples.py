@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental import _config
 from torch.utils._pytree import tree_leaves
 
@@ -30,12 +30,19 @@ def sizes_without_meaning() -> Iterator[None]:
 
 
 def mark_samples(frame: Any) -> None:
-    """Make the leading dimensions of the arguments of a model's call symbolic."""
-    if frame.f_globals.get("__name__") != CALLS:
-        return
+    """Make the leading dimensions of the arguments of a model's call symbolic.
+
+    Where the call was broken, a later frame begins with tensors that code outside of graphs has
+    made, as FSDP2 does around each of its modules. All of those count: which of them belong to the
+    batch cannot be told from sizes, and every process has to come to the same graph.
+    """
     given = frame.f_locals
-    for each in tree_leaves((given.get("args"), given.get("kwargs"))):
-        if isinstance(each, torch.Tensor) and each.dim() and not each.is_nested:
+    if frame.f_globals.get("__name__") == CALLS:
+        given = given.get("args"), given.get("kwargs")
+    for each in tree_leaves(given):
+        if not isinstance(each, torch.Tensor) or isinstance(each, nn.Parameter):
+            continue
+        if each.dim() and not each.is_nested:
             torch._dynamo.maybe_mark_dynamic(each, 0)
 
 

@@ -105,6 +105,13 @@ PATHOLOGIES: dict[str, Pathology] = {
         "or loaded them",
         "train for a few steps, or load a checkpoint, before model.eval()",
     ),
+    "replica-statistics-discarded": Pathology(
+        "BNR016",
+        "DataParallel keeps the buffers of its first replica and discards what the others update, "
+        "so running statistics follow only the first device's part of each batch",
+        "use DistributedDataParallel, with optimize(model, sync_stats=True) for the statistics of "
+        "all samples",
+    ),
 }
 
 

@@ -77,8 +77,7 @@ _ACTIVATIONS = {
         functional.relu6,
         pieces=(
             "made < acc(0) ? V{} : made > acc(6) ? V{} + acc(6) : made",
-            # for NaN none, as in torch's loops
-            "made > acc(0) ? (made < acc(6) ? given : V{}) : V{}",
+            "made > acc(0) ? (made < acc(6) ? given : V{}) : V{}",  # of NaN none, as in torch
         ),
     ),
     "silu": Activation(functional.silu, Z * Logistic(Z)),

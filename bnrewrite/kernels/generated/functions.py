@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mpmath
 
-from .activations import FAR
+from .activations import FAR, Normal
 
-FUNCTIONS = (Path(__file__).parent / "functions.h").read_text()
+FOLDER = Path(__file__).parent
+FUNCTIONS, NORMAL = ((FOLDER / name).read_text() for name in ("functions.h", "normal.h"))
 MIDDLE = 3.75
 NODES = 64
 
 
 @cache
-def functions_source(single: str) -> str:
-    """Exponential, logistic, hyperbolic tangent and normal distribution, in one precision."""
-    terms = ", ".join(
-        f"acc({value!r})" for value in tail_series(2.0 ** (-27 if single == "float" else -56))
-    )
-    numbers = f"FAR_OUT = {FAR}, MIDDLE = {MIDDLE!r}, SERIES[] = {{{terms}}}"
-    return f"constexpr acc {numbers};\n{FUNCTIONS}"
+def functions_source(formula: Any, single: str) -> str:
+    """What a formula of z is made of: exponentials, and the normal distribution if it has that."""
+    source = f"constexpr acc FAR_OUT = {FAR};\n{FUNCTIONS}"
+    if not formula.has(Normal):
+        return source
+    terms = map(repr, tail_series(2.0 ** (-27 if single == "float" else -56)))
+    series = ", ".join(f"acc({term})" for term in terms)
+    return f"{source}constexpr acc MIDDLE = {MIDDLE!r}, SERIES[] = {{{series}}};\n{NORMAL}"
 
 
 def tail_series(bound: float) -> list[float]:

@@ -134,7 +134,7 @@ def compiled_functions(source: Source) -> ctypes.CDLL | None:
         body = columns_source(source) if source.layout.columns else rows_source(source)
         found = activation(source.program.activation)
         if found is not None and found.formula is not None:
-            body = functions_source(source.single) + body
+            body = functions_source(found.formula, source.single) + body
         return library(body, source.single)
     except Unprintable:
         return None

@@ -1,10 +1,10 @@
-"""What is measured on a GPU: norms of known models at their sizes, by hand and native."""
+"""Norms of known networks at their sizes, by hand and native, for a CPU and for a GPU."""
 
 from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,74 +31,50 @@ class Residual(nn.Module):
         return (y + residual).relu()
 
 
-class Forum(nn.Module):
-    """A batch norm that normalises with the statistics that it has just stored."""
-
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
-        self.register_buffer("variance", torch.ones(1, channels, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Without gradients through what was stored."""
-        with torch.no_grad():
-            mean = x.mean((0, 2, 3), keepdim=True)
-            variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
-            self.mean = 0.9 * self.mean + 0.1 * mean
-            self.variance = 0.9 * self.variance + 0.1 * variance
-        return (x - self.mean) / torch.sqrt(self.variance + 1e-5) * self.weight + self.bias
-
-
-class ChannelsFirst(nn.Module):
-    """A layer norm over axis 1 of an image, as ConvNeXt has it."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The moments of each pixel."""
-        mean = x.mean(1, keepdim=True)
-        centred = x - mean
-        variance = centred.pow(2).mean(1, keepdim=True)
-        x = centred / torch.sqrt(variance + 1e-6)
-        return self.weight[:, None, None] * x + self.bias[:, None, None]
-
-
-class NativeChannelsFirst(nn.LayerNorm):
-    """The same by the native operator, between two permutations."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Permute, normalise, permute back."""
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def _relu(norm: nn.Module) -> nn.Module:
     return nn.Sequential(norm, nn.ReLU())
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in its two forms, and by Liger where that has it; each from the number of channels."""
+    """A norm in its two forms, each made from the number of channels, at sizes of networks.
+
+    Attributes:
+        passes: over the tensor, of a training step that reads and writes no more than it must.
+        results: how many tensors as large as x are new among these.
+        liger: the name of Liger's module, where it has one.
+        inputs: how many tensors as large as x are given.
+        equal: the native one computes the same; else it is what people would take instead.
+    """
 
     name: str
     hand: Callable[[int], nn.Module]
     native: Callable[[int], nn.Module]
     sizes: tuple[tuple[int, ...], ...]
-    passes: (
-        int  # over the tensor, of a forward and a backward that read and write no more than needed
-    )
+    passes: int
+    results: int = 2
     liger: str | None = None
     inputs: int = 1
+    equal: bool = True
+
+
+BATCH, EACH = 8, 5  # statistics over the batch: x is read for them; of a part that stays in a cache
+# ResNet-50's, batch 32: inside its blocks, and what leaves them
+INSIDE = ((32, 64, 56, 56), (32, 128, 28, 28), (32, 256, 14, 14), (32, 512, 7, 7))
+OUTSIDE = ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
+STEM = (32, 64, 112, 112)
+
+
+def _general(name: str, hand: Callable[[int], nn.Module], passes: int) -> Norm:
+    """A formula that no operator has, beside the batch norm that people would take instead."""
+    return Norm(
+        name=f"{name} + relu",
+        hand=lambda c: _relu(hand(c)),
+        native=lambda c: _relu(nn.BatchNorm2d(c)),
+        sizes=((32, 256, 56, 56), (32, 128, 28, 28), (32, 1024, 14, 14)),
+        passes=passes,
+        equal=False,
+    )
 
 
 CASES = (
@@ -106,48 +82,67 @@ CASES = (
         "batch_norm + relu",
         lambda c: _relu(hand_written.BatchNorm(c)),
         lambda c: _relu(nn.BatchNorm2d(c)),
-        ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 64, 112, 112)),
-        8,
+        (*OUTSIDE, *INSIDE, STEM),
+        BATCH,
     ),
     Norm(
         "batch_norm + add + relu",
         lambda c: Residual(hand_written.BatchNorm(c)),
         lambda c: Residual(nn.BatchNorm2d(c)),
-        ((32, 256, 56, 56), (32, 2048, 7, 7)),
-        12,
+        OUTSIDE,
+        passes=BATCH + 4,
+        results=3,
         inputs=2,
     ),
-    Norm("general", Forum, nn.BatchNorm2d, ((32, 256, 56, 56),), 8),
+    _general("stored_norm", hand_written.StoredNorm, BATCH),
+    _general("deviation_norm", hand_written.DeviationNorm, BATCH),
+    _general("batch_renorm", hand_written.BatchRenorm, BATCH),
+    _general("adaptive_norm", hand_written.AdaptiveNorm, EACH),
+    _general("response_norm", hand_written.ResponseNorm, EACH),
+    _general("global_response_norm", hand_written.GlobalResponseNorm, BATCH),
     Norm(
-        "rms_norm",
+        "rms_norm",  # of Llama 7B, of 70B, and of a sentence of T5
         hand_written.RMSNorm,
         lambda d: nn.RMSNorm(d, eps=1e-6),
-        ((4, 2048, 4096), (1, 2048, 8192)),
-        5,
-        "LigerRMSNorm",
+        ((4, 2048, 4096), (1, 2048, 8192), (8, 128, 512)),
+        EACH,
+        liger="LigerRMSNorm",
     ),
     Norm(
-        "layer_norm",
+        "layer_norm",  # of ViT-B, of CLIP's texts, and of ConvNeXt-T with the channels last
         hand_written.LayerNorm,
         nn.LayerNorm,
-        ((64, 197, 768), (256, 77, 512)),
-        5,
-        "LigerLayerNorm",
+        ((64, 197, 768), (256, 77, 512), (32, 3136, 96), (32, 49, 768)),
+        EACH,
+        liger="LigerLayerNorm",
     ),
-    Norm("layer_norm of channels", ChannelsFirst, NativeChannelsFirst, ((32, 96, 56, 56),), 5),
     Norm(
-        "group_norm",
+        "layer_norm of channels",  # of ConvNeXt-T
+        hand_written.ChannelNorm,
+        hand_written.NativeChannelNorm,
+        ((32, 96, 56, 56), (32, 384, 14, 14)),
+        EACH,
+    ),
+    Norm(
+        "group_norm",  # of diffusion's U-Net, and of ResNet-50
         lambda c: hand_written.GroupNorm(32, c),
         lambda c: nn.GroupNorm(32, c),
-        ((16, 512, 32, 32), (32, 128, 56, 56)),
-        5,
+        ((16, 512, 32, 32), (32, 128, 56, 56), (32, 1024, 14, 14)),
+        EACH,
     ),
     Norm(
-        "l2_normalize",
+        "instance_norm",  # of style transfer
+        hand_written.InstanceNorm,
+        lambda c: nn.InstanceNorm2d(c, affine=True),
+        ((8, 128, 64, 64), (8, 32, 256, 256)),
+        EACH,
+    ),
+    Norm(
+        "l2_normalize",  # of CLIP's heads, and of many queries
         lambda _: hand_written.L2Normalize(-1),
         lambda _: hand_written.NativeL2Normalize(-1),
-        ((8192, 1024),),
-        5,
+        ((8192, 1024), (256, 512), (1024, 768)),
+        EACH,
     ),
 )
 
@@ -185,9 +180,11 @@ class Case:
         for name, make in zip(KINDS, (self.norm.hand, self.norm.native), strict=True):
             made[name] = make(self.channels).to(device, DTYPES[self.dtype]).train()
         torch.manual_seed(0)
-        for parameters in zip(*(model.parameters() for model in made.values()), strict=True):
-            parameters[0].data.normal_(1.0, 0.25)
-            parameters[1].data.copy_(parameters[0].data.reshape(parameters[1].shape))
+        for parameter in made[KINDS[0]].parameters():
+            parameter.data.normal_(1.0, 0.25)
+        if self.norm.equal:
+            for parameters in zip(*(model.parameters() for model in made.values()), strict=True):
+                parameters[1].data.copy_(parameters[0].data.reshape(parameters[1].shape))
         return made
 
     def liger(self, native: nn.Module) -> nn.Module | None:
@@ -206,9 +203,8 @@ class Case:
         return model
 
 
-def cases(only: str | None = None) -> list[Case]:
+def cases(only: str | None = None, dtypes: Sequence[str] = ("float32", "bfloat16")) -> list[Case]:
     """All cases whose text contains ``only``, the first size of every norm before the second."""
-    dtypes = ("float32", "bfloat16")
     every = [
         (place, Case(norm, shape, layout, dtype))
         for norm in CASES

@@ -1,0 +1,207 @@
+"""Fills the table by which lowerings are chosen: what each costs, by device, layout, dtype, size.
+
+    python -m benchmarks.costs                   the table of CPUs, on one thread, in some minutes
+    python -m benchmarks.costs --device cuda     that of GPUs
+    python -m benchmarks.costs --only "layer_norm, rows"     some cells; nothing is written
+
+Writes ``passes/costs_<device>.json``, which is a part of the package, and its table for people,
+``benchmarks/results/costs_<device>.md``. A cell is one hand-written norm in every lowering that it
+has in the eager stage: captured by Dynamo once, compiled by this package's backend for each, and
+called without Dynamo's guards, which a model pays once and not for each of its norms. The lowerings
+take turns (docs/decisions/0008-measuring.md), and their lower quartiles count: what disturbs a call
+only ever adds to it, and a wrong cell is a wrong choice. In training the time is that of forward
+and backward.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx, nn
+
+from benchmarks.cost_cases import EXPONENTS, Case, cases
+from benchmarks.measure import Clock, interleaved, machine
+from benchmarks.tables import RESULTS, markdown
+from bnrewrite.capture.backend import Compiler
+from bnrewrite.capture.look import Look
+from bnrewrite.kernels import why_no_kernels, why_no_triton
+from bnrewrite.options import Options
+from bnrewrite.passes.cost_table import LOWERINGS, Table, fastest, name_of_file
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+PACKAGE = Path(__file__).parents[1] / "passes"
+
+Times = dict[str, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write what was measured; the exit code."""
+    parser = argparse.ArgumentParser(description="the costs of lowerings")
+    parser.add_argument("--device", choices=sorted(EXPONENTS), default="cpu")
+    parser.add_argument("--only", help="cells whose text contains this; nothing is written")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), help="process: of a CPU with one thread, the default"
+    )
+    parser.add_argument("--table", type=Path, default=PACKAGE, help="folder of the JSON")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the Markdown")
+    options = parser.parse_args(arguments)
+    device, console = str(options.device), Console(width=160)
+    chosen = list(cases(device, options.only))
+    alone = device == "cpu" and options.threads == 1
+    clock = options.clock or ("process" if alone else "wall")
+    if not chosen:
+        parser.error(f"{options.only!r} is in none of {[str(case) for case in cases(device)]}")
+    if clock == "process" and not alone:
+        parser.error("the process's clock counts the time of all threads, and none of a GPU's")
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print("torch sees no GPU here: nothing was measured")
+        return 0
+    why_not = why_no_triton() if device == "cuda" else why_no_kernels()
+    if why_not is not None:
+        console.print(f"there are no kernels to measure: {why_not}")
+        return 1
+    start, threads = time.monotonic(), torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        found = measure_all(chosen, options.rounds, device, CLOCKS[clock], console)
+        where = machine(device)
+    finally:
+        torch.set_num_threads(threads)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    about = where | {"clock": clock, "rounds": options.rounds, "date": today}
+    table = tabulated(found)
+    text = people(table, about)
+    console.print(text, markup=False)
+    if options.only is None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.table / name_of_file(device)).write_text(as_json(table, about), encoding="utf-8")
+        (options.output / f"costs_{device}.md").write_text(text, encoding="utf-8")
+    console.print(f"{len(found)} cells in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def measure_all(
+    chosen: Sequence[Case], rounds: int, device: str, clock: Clock, console: Console
+) -> dict[Case, Times]:
+    """The times of all cells, kernels being called as they are once everything is built."""
+    if device == "cpu":
+        from bnrewrite.kernels.generated import runtime
+
+        runtime.build()
+    found = {}
+    for case in track(chosen, "measuring", console=console, transient=True):
+        found[case] = measure(case, rounds, device, clock)
+        if case.exponent == EXPONENTS[device][-1]:
+            gc.collect()  # what Dynamo keeps in cycles holds the largest tensors
+    return found
+
+
+def measure(case: Case, rounds: int, device: str, clock: Clock) -> Times:
+    """Microseconds of each lowering that a cell's norm has."""
+    torch.manual_seed(0)
+    x, cotangent, model = case.tensor(device), case.tensor(device), case.model(device)
+    with torch.set_grad_enabled(case.training):
+        steps = lowered(model, x.requires_grad_(case.training), cotangent)
+        timings = interleaved(steps, rounds=rounds, device=device, clock=clock)
+    quartiles = {name: quantiles(timing.samples, n=4)[0] for name, timing in timings.items()}
+    return {name: float(f"{seconds * 1e6:.3g}") for name, seconds in quartiles.items()}
+
+
+def lowered(model: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Callable[[], Any]]:
+    """A step of the model in each lowering that it has: forward, with gradients also backward."""
+    runs: dict[str, Callable[..., Any]] = {}
+    given: list[Any] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        for lowering in LOWERINGS:
+            looks: list[Look] = []
+            compiler = Compiler("eager", Options(kernels=lowering), observe=looks.append)
+            run = compiler(graph, inputs)
+            if [site.lowering for site in looks[0].sites] == [lowering]:
+                runs[lowering] = run
+
+        def keep(*taken: Any) -> Any:
+            given[:] = taken
+            return graph(*taken)
+
+        return keep
+
+    torch.compiler.reset()  # else the second shape of a norm turns its graph dynamic
+    expected = torch.compile(model, backend=backend)(x)
+    wanted = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
+
+    def step(run: Callable[..., Any]) -> Callable[[], Any]:
+        made = run(*given)
+        (place,) = (i for i, each in enumerate(made) if each.shape == x.shape)
+        if x.dtype == torch.float64:  # tells a formula from a rounding
+            torch.testing.assert_close(made[place], expected)
+        if not torch.is_grad_enabled():
+            return lambda: run(*given)
+        return lambda: torch.autograd.grad(run(*given)[place], wanted, cotangent)
+
+    return {lowering: step(run) for lowering, run in runs.items()}
+
+
+def tabulated(found: Mapping[Case, Times]) -> Table:
+    """The cells as a table."""
+    entries: dict[str, dict[str, tuple[float, ...]]] = {}
+    for case, times in found.items():
+        entry = entries.setdefault(case.work.key, {})
+        for lowering in LOWERINGS:
+            if lowering in times:
+                entry[lowering] = (*entry.get(lowering, ()), times[lowering])
+    sizes = tuple(sorted({2**case.exponent for case in found}))
+    for key, entry in entries.items():
+        if any(len(times) != len(sizes) for times in entry.values()):
+            raise RuntimeError(f"{key}: a lowering was written for some of the sizes {sizes} only")
+    return Table(sizes, entries)
+
+
+def as_json(table: Table, about: Mapping[str, Any]) -> str:
+    """The text of a table's file, one line for each entry."""
+    lines = [
+        f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in table.microseconds.items()
+    ]
+    return (
+        f'{{\n "measured": {json.dumps(dict(about))},\n "sizes": {json.dumps(table.sizes)},\n'
+        ' "microseconds": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    )
+
+
+def people(table: Table, about: Mapping[str, Any]) -> str:
+    """The table in Markdown: the fastest in bold, where two are as fast the one that is taken."""
+    rows = []
+    for key, entry in table.microseconds.items():
+        cells = []
+        for place in range(len(table.sizes)):
+            times = {lowering: each[place] for lowering, each in entry.items()}
+            taken = fastest(times, LOWERINGS)
+            cells.append(
+                " / ".join(
+                    f"**{times[each]:g}**" if each == taken else f"{times.get(each, '-')}"
+                    for each in LOWERINGS
+                )
+            )
+        rows.append([key, *cells])
+    return (
+        f"Measured with `{about['command']}` on {about['device']}, {about['threads']} threads, "
+        f"torch {about['torch']}, {about['date']}. Microseconds of a norm by the number of its "
+        f"elements: {' / '.join(LOWERINGS)}. In bold what is taken, if it may be.\n\n"
+        + markdown(["norm, layout, dtype, mode", *(f"{size:,}" for size in table.sizes)], rows)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,50 @@
+"""A process is killed in mid-step: the others are told, and a checkpoint gives the same run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import killed_run
+import pytest
+from processes import environment
+
+LIMIT = 120  # seconds for all runs
+
+Outcomes = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What each rank of each run wrote; nothing of one that was killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    outcome = subprocess.run(
+        [sys.executable, killed_run.__file__, str(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    written: Outcomes = {}
+    for path in sorted(folder.glob("*.json")):
+        written.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
+    return written
+
+
+@pytest.mark.parametrize("way", killed_run.WAYS)
+def test_the_others_get_the_error_of_torch_distributed(way: str, found: Outcomes) -> None:
+    (survivor,) = found[way]
+    assert survivor["kind"] in ("RuntimeError", "DistBackendError", "DistNetworkError")
+    assert "gloo" in survivor["text"]
+    assert survivor["seconds"] < killed_run.PATIENCE
+
+
+@pytest.mark.parametrize("way", killed_run.WAYS)
+def test_the_run_goes_on_as_if_nothing_had_happened(way: str, found: Outcomes) -> None:
+    for rank in range(killed_run.RANKS):
+        wanted, own = (found[name][rank][way] for name in ("whole", "restarted"))
+        assert own == wanted  # to the last bit
+        assert len(own) > 5
