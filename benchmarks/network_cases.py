@@ -71,7 +71,7 @@ def _general(name: str, hand: Callable[[int], nn.Module], passes: int) -> Norm:
         name=f"{name} + relu",
         hand=lambda c: _relu(hand(c)),
         native=lambda c: _relu(nn.BatchNorm2d(c)),
-        sizes=((32, 256, 56, 56), (32, 128, 28, 28), (32, 1024, 14, 14)),
+        sizes=((32, 64, 56, 56), (32, 128, 28, 28), (32, 1024, 14, 14)),
         passes=passes,
         equal=False,
     )

@@ -340,3 +340,10 @@ def test_double_backward() -> None:
         (first,) = torch.autograd.grad(each(x).pow(3).sum(), x, create_graph=True)
         second.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
     torch.testing.assert_close(second[1], second[0])
+
+
+def test_many_norms_of_norms() -> None:
+    """Each is one of the last one's result: what is read twice per step doubles with each."""
+    layers = [RowNorm(8) for _ in range(40)]
+    report = bnrewrite.explain(nn.Sequential(*layers), torch.randn(4, 8))
+    assert [site.kind for site in report.sites] == ["layer_norm"] * len(layers)
