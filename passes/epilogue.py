@@ -45,11 +45,18 @@ class TakeEpilogues:
     def run(self, rewriting: Rewriting) -> None:
         """Fill in the epilogues of decisions."""
         reading, stopped = rewriting.reading, _without_gradients(rewriting)
+        taken: set[fx.Node] = set()  # a sum of two norms goes to the first of them
         for decision in rewriting.decisions:
             if decision.refusal is None:
                 assert reading is not None
-                decision.whole = _whole(reading, decision.match, stopped)
-                decision.epilogue = _epilogue(decision.whole or decision.match, stopped)
+                whole = _whole(reading, decision.match, stopped)
+                if whole is not None and whole.node not in taken:
+                    decision.whole = whole
+                    taken.add(whole.node)
+                epilogue = _epilogue(decision.whole or decision.match, stopped)
+                if epilogue is not None and epilogue.last not in taken:
+                    decision.epilogue = epilogue
+                    taken.add(epilogue.last)
 
 
 def _without_gradients(rewriting: Rewriting) -> set[fx.Node]:

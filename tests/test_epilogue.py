@@ -270,3 +270,31 @@ def test_a_further_scale_without_a_kernel_leaves_the_norm_its_own(
     model = forced(copy.deepcopy(users))
     assert activations(model, batches[0]) == 1
     assert [site.lowering for site in explain(model, *batches[0]).sites] == ["generated"]
+
+
+class Joined(nn.Module):
+    """A block of a residual network whose shortcut has a norm too."""
+
+    def __init__(self, *, same: bool) -> None:
+        super().__init__()
+        self.same = same
+        self.first, self.second = Block(lambda y, _: y), Block(lambda y, _: y)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.relu(self.first(x, other) + self.second(x if self.same else other, other))
+
+
+def test_two_norms_of_one_tensor() -> None:
+    batches = draw(torch.contiguous_format, torch.contiguous_format)
+    assert contract_violations(Joined(same=True), forced, batches) == []
+
+
+def test_a_sum_of_two_norms_goes_to_one_of_them() -> None:
+    users = Joined(same=False)
+    batches = draw(torch.contiguous_format, torch.contiguous_format)
+    assert contract_violations(users, forced, batches) == []
+    report = explain(forced(copy.deepcopy(users)), *batches[0])
+    assert [site.lowering for site in report.sites] == ["generated"] * 2
+    ((_, after),) = report.graph_texts
+    assert "relu.default" not in after
+    assert "aten.var" not in after
