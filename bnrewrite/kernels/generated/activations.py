@@ -65,7 +65,7 @@ class Activation:
     of_result: bool = False
 
 
-_NEAR = Bounded(Z)  # a cube overflows long before z does
+_NEAR: Any = Bounded(Z)  # a cube overflows long before z does
 _CUBE = sympy.Float(2 * math.sqrt(2 / math.pi)) * (_NEAR + sympy.Float(0.044715) * _NEAR**3)
 _ACTIVATIONS = {
     "relu": Activation(

@@ -33,7 +33,7 @@ class _Groups(CXX17CodePrinter):  # type: ignore[misc]
         product = " * ".join(factors)
         return f"({product})" if power > 0 else f"(1 / ({product}))"
 
-    def _print_Max(self, expr: Any) -> str:
+    def _print_Max(self, expr: Any) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         *others, last = (str(self._print(each)) for each in expr.args)
         return "".join(f"std::max<double>({each}, " for each in others) + last + ")" * len(others)
 
