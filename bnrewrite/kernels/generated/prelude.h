@@ -129,8 +129,11 @@ inline void store(T *p, V value) {
 typedef acc half_vec __attribute__((vector_size(W / 2 * sizeof(acc))));
 typedef double eight __attribute__((vector_size(64)));
 
+// Single numbers are added up one after the other, with more digits than they have themselves.
+typedef std::conditional_t<std::is_same_v<acc, double>, long double, double> finer;
+
 // The sum of the lanes and a rest, in double precision.
-inline double total(vec lanes, double rest) {
+inline double total(vec lanes, finer rest) {
   half_vec halves[2];
   std::memcpy(halves, &lanes, sizeof lanes);
   eight sums = __builtin_convertvector(halves[0], eight) + __builtin_convertvector(halves[1], eight);
@@ -138,7 +141,7 @@ inline double total(vec lanes, double rest) {
   four quarters[2];
   std::memcpy(quarters, &sums, sizeof sums);
   four last = quarters[0] + quarters[1];
-  return ((last[0] + last[1]) + (last[2] + last[3])) + rest;
+  return double(((last[0] + last[1]) + (last[2] + last[3])) + rest);
 }
 
 // The numbers from `begin` to `end`, a vector at a time and then one by one.
@@ -168,16 +171,16 @@ inline void each_summed(int64_t begin, int64_t end, Body body) {
 
 // Adds a number or vector to a sum; single numbers may be many, where rows are short.
 template <class V>
-inline void add(slots &lanes, double &rest, V value, int slot) {
+inline void add(slots &lanes, finer &rest, V value, int slot) {
   if constexpr (std::is_same_v<V, vec>) lanes[slot] += value;
   else rest += value;
 }
 
-inline double total(const slots &lanes, double rest) {
+inline double total(const slots &lanes, finer rest) {
   return total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), rest);
 }
 
-inline void clear(slots &lanes, double &rest) {
+inline void clear(slots &lanes, finer &rest) {
   for (int i = 0; i < SLOTS; ++i) lanes[i] = vec{};
   rest = 0;
 }
