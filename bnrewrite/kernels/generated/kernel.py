@@ -17,14 +17,22 @@ from .activations import activation
 from .arranged import FLOATING, Order, dtype_of_moments, fits, order_of, order_of_groups
 from .build import NoCompiler, library
 from .columns import columns_source
+from .columns_across import columns_across_source
 from .functions import functions_source
 from .layout import arrange
 from .printing import Source, Unprintable
 from .program import parse
 from .rows import rows_source
+from .rows_across import rows_across_source
 
 logger = logging.getLogger(__name__)
 
+PRINTED = {  # by columns, by means over groups
+    (False, False): rows_source,
+    (True, False): columns_source,
+    (False, True): rows_across_source,
+    (True, True): columns_across_source,
+}
 SMALL = 32768  # elements for which another thread is worth its start
 
 
@@ -131,7 +139,8 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
 def compiled_functions(source: Source) -> ctypes.CDLL | None:
     """What a source is compiled to, once in a process, whatever the sizes; None for nothing."""
     try:
-        body = columns_source(source) if source.layout.columns else rows_source(source)
+        printed = PRINTED[bool(source.layout.columns), bool(source.program.means)]
+        body = printed(source)
         found = activation(source.program.activation)
         if found is not None and found.formula is not None:
             body = functions_source(found.formula, source.single) + body

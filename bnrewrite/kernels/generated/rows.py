@@ -26,11 +26,11 @@ from .printing import Source
 
 def rows_source(source: Source) -> str:
     """The functions ``forward`` and ``backward``."""
-    rows = _Rows(source)
+    rows = Rows(source)
     return "\n".join([*_forward(rows), "", *_backward(rows)])
 
 
-class _Rows:
+class Rows:
     """The loops, and where the tensors are read: for each group, each row, or each element."""
 
     def __init__(self, source: Source) -> None:
@@ -114,7 +114,7 @@ class _Rows:
         ]
 
 
-def _forward(rows: _Rows) -> list[str]:
+def _forward(rows: Rows) -> list[str]:
     source = rows.source
     return [
         source.signature("forward", source.forward_arguments()),
@@ -125,7 +125,7 @@ def _forward(rows: _Rows) -> list[str]:
         f"    const int64_t base = {offset(source.layout.kept)};",
         *indented(
             [
-                *_moments(rows),
+                *measured(rows),
                 *source.stopped(),
                 *group_tensors(source, rows.of_group, rows.of_group),
                 *source.coefficients(),
@@ -140,7 +140,8 @@ def _forward(rows: _Rows) -> list[str]:
     ]
 
 
-def _moments(rows: _Rows) -> list[str]:
+def measured(rows: Rows) -> list[str]:
+    """M and V of a group, kept for the backward."""
     zero = rows.source.program.about_zero
     first = [
         "acc pivot = load<acc>(x + base);",
@@ -179,7 +180,7 @@ def _moments(rows: _Rows) -> list[str]:
     ]
 
 
-def _backward(rows: _Rows) -> list[str]:
+def _backward(rows: Rows) -> list[str]:
     source, element = rows.source, rows.element
     free = source.free()
     sums = Sums(source, rows.of_element, rows.of_row)
@@ -242,7 +243,7 @@ def _backward(rows: _Rows) -> list[str]:
         *indented(group, 6),
         "    }",
         "  }",
-        *_scattered(rows, of_group, list(by_row), of_element),
+        *scattered(rows, of_group, list(by_row), of_element),
         "}",
     ]
 
@@ -260,8 +261,8 @@ def _passed_on(of_element: list[int]) -> list[str]:
     return [*lines, "  waiting = 0;", "}"]
 
 
-def _scattered(
-    rows: _Rows, of_group: list[int], by_row: list[int], of_element: list[int]
+def scattered(
+    rows: Rows, of_group: list[int], by_row: list[int], of_element: list[int]
 ) -> list[str]:
     """What groups, their rows, and threads add to tensors."""
     source = rows.source
