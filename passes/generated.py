@@ -34,7 +34,7 @@ from bnrewrite.algebra.expression import (
 )
 from bnrewrite.kernels import check_program, norm, norm_with_updates, operator_of
 
-from .across import kept_axes, value_of_group
+from .across import Means
 from .nodes import Unwritable, aten, current
 from .rewriting import Epilogue
 from .state import BatchState, Update
@@ -103,9 +103,7 @@ class _Text:
         self.nodes: list[fx.Node] = []
         self.tensors: dict[int, str] = {}
         self.heads: list[str] = []
-        self.averages: dict[int, Polynomial] = {}
-        self.means: list[str] = []
-        self.exact = False  # a sum needs its statistics in double precision
+        self.means = Means(self.ring, found, self.axes)
         self.centre, self.shift = self._centred()
         self.special, self.variances, self.about_zero = self._moments()
 
@@ -130,7 +128,7 @@ class _Text:
         if epilogue is not None:
             parts += [epilogue.activation] + ["residual"] * (epilogue.residual is not None)
         zero = " about zero" if self.about_zero else ""
-        heads = [*self.heads, *self.means]
+        heads = [*self.heads, *self.means.texts]
         text = "; ".join([f"x[{self._dims()}] over {over}{zero}", *heads, *parts])
         reason = check_program(text) or self._why_no_means()
         if reason is not None:
@@ -139,9 +137,7 @@ class _Text:
 
     def _why_no_means(self) -> str | None:
         """Why means over groups have no kernel here; None if they have, or there are none."""
-        if self.means and self.exact:
-            return LOST  # each group reads the moments of others in single precision
-        if self.means and self.match.linear.source.meta["val"].device.type != "cpu":
+        if self.means.texts and self.match.linear.source.meta["val"].device.type != "cpu":
             return "no kernel of a GPU has a mean over groups"
         return None
 
@@ -174,7 +170,7 @@ class _Text:
         moments, stop = self.match.moments, self.ring.stop
         mean, square = moments.mean, moments.square
         updates = (update.value for update in self.updates)
-        used = self._reductions(self.match.linear.scale, self.centre, self.shift, *updates)
+        used = self.means.statistics(self.match.linear.scale, self.centre, self.shift, *updates)
         means = [_base(p) for p in (mean, stop(mean))]
         special: dict[int, str] = {}
         variances = []
@@ -186,21 +182,12 @@ class _Text:
             if not about_zero:
                 variance = added(second, self.ring.multiply(first, first), -1)
                 variances.append((_base(second), variance, f"V{mark}"))
-        if used - special.keys() - self.averages.keys():
+            wide, further = self.means.moments(mark, change, about_zero=about_zero)
+            special |= wide
+            variances += further
+        if used - special.keys() - self.means.values.keys():
             raise Unwritable("another statistic than the mean and the variance")
         return special, variances[::-1], about_zero
-
-    def _reductions(self, *polynomials: Polynomial) -> set[int]:
-        """The statistics inside, and those of which there are means over groups."""
-        used: set[int] = set()
-        for base in self.ring.within(*polynomials):
-            if isinstance(base, Reduction):
-                used.add(base.id)
-                value = value_of_group(self.ring, self.match, base)
-                if value is not None:
-                    self.averages[base.id] = value
-                    used |= self._reductions(value)
-        return used
 
     def sum(self, polynomial: Polynomial) -> str:
         """A polynomial as a text."""
@@ -236,7 +223,6 @@ class _Text:
         degrees = (sum(e for b, e in m if bases[b].moments) for m in polynomial.terms)
         if self.writing.dtype == torch.float64 or max(degrees) > HIGHEST:
             raise Unwritable(LOST)
-        self.exact = True
         return True
 
     def _part(self, statistic: Monomial, factor: Polynomial, exact: bool) -> str:
@@ -297,19 +283,13 @@ class _Text:
         if isinstance(base, Function):
             return self._function(base)
         if isinstance(base, Reduction):
-            return self._mean(base)
+            value = self.sum(self.means.values[base.id])
+            self.special[base.id] = self.means.define(base, value)
+            return self.special[base.id]
         assert isinstance(base, Atom)
         if base.id not in self.tensors:
             self.tensors[base.id] = self._tensor(base)
         return self.tensors[base.id]
-
-    def _mean(self, base: Reduction) -> str:
-        """A mean over groups, by its name."""
-        value = self.sum(self.averages[base.id])
-        name = self.special[base.id] = f"m{len(self.means)}"
-        letters = " ".join(self.axes[axis] for axis in kept_axes(self.match, base))
-        self.means.append(f"{name}[{letters}] = {value}")
-        return name
 
     def _function(self, base: Function) -> str:
         """A root, or the larger of a statistic and a number; the number stands in any place."""

@@ -121,7 +121,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         extents=list(sizes.values()),
         threads=-(-x.numel() // SMALL),
         groups=math.prod(groups),
-        saved=1 if program.about_zero else 2,
+        saved=len(source.moments()) * (2 if program.means else 1),
         orders=tuple(orders),
         kept=order_of_groups(program, layout, sizes),
         single=dtype_of_moments(program, x.dtype, [t.dtype for t in tensors]),

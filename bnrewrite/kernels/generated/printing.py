@@ -277,9 +277,17 @@ class Source:
 
     def statistics(self, index: str, count: str) -> list[str]:
         """M and V of a group from what was saved."""
-        if self.program.about_zero:
-            return [f"const double V = moments[{index}], M = 0;"]
-        return [f"const double M = moments[{index}], V = moments[{count} + {index}];"]
+        kept = self.moments(count)
+        lines = ["const double M = 0;"] if self.program.about_zero else []
+        for name, at in kept:
+            rest = f" + double(moments[{count} * {len(kept)} + {at}{index}])"
+            value = f"moments[{at}{index}]{rest if self.program.means else ''}"
+            lines.append(f"const double {name} = {value};")
+        return lines
+
+    def moments(self, count: str = "groups") -> list[tuple[str, str]]:
+        """The moments that are saved, and where those of the first group lie."""
+        return [("V", "")] if self.program.about_zero else [("M", ""), ("V", f"{count} + ")]
 
     def stopped(self) -> list[str]:
         """The moments through which no gradient flows are the moments."""
