@@ -86,8 +86,8 @@ class Means:
             first, second = of.get(False), of.get(True)
             if first is None:
                 assert second is not None
-                value = f"V{mark}" if about_zero else f"V{mark} + M{mark}**2"
-                special[second.id] = self.define(second, value)
+                raw = f"V{mark}" if about_zero else f"V{mark} + M{mark}**2"
+                special[second.id] = self.define(second, raw)
                 continue
             name = special[first.id] = self.define(first, f"M{mark}")
             if second is not None:
@@ -109,8 +109,7 @@ class Means:
         if _degree(self.ring, linear, base) is not None:
             if not found.over < here:
                 return None
-            moment = _moment(self.ring, found, base)
-            return moment
+            return _moment(self.ring, found, base)
         if not here or here | base.axes != groups or base.axes & here:
             return None
         places: dict[Axis, Dim] = {axis: (to,) for axis, to in moves.items()}

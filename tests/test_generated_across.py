@@ -107,6 +107,11 @@ def test_a_tensor_inside_a_group_has_no_kernel() -> None:
     assert check_program(text) == "a mean over groups, and a tensor inside a group"
 
 
+def lengths_of(x: Tensor, dim: tuple[int, int] = (2, 3)) -> Tensor:
+    lengths: Tensor = torch.norm(x, p=2, dim=dim, keepdim=True)
+    return lengths
+
+
 class Response(nn.Module):
     """ConvNeXt V2's: the length of each channel over their mean."""
 
@@ -119,7 +124,7 @@ class Response(nn.Module):
         self.bias = nn.Parameter(torch.randn(shape))
 
     def lengths(self, x: Tensor) -> Tensor:
-        return torch.norm(x, p=2, dim=self.dim, keepdim=True)
+        return lengths_of(x, self.dim)
 
     def mean(self, lengths: Tensor) -> Tensor:
         return lengths.mean(self.channel, keepdim=True)
@@ -193,7 +198,8 @@ class Switched(nn.Module):
         a, b = torch.softmax(self.mix, 1)
         mean = a[0] * mean + a[1] * of_layer + a[2] * of_batch
         variance = b[0] * variance + b[1] * layer + b[2] * batch
-        return (x - mean) / (variance + 1e-5).sqrt() * self.weight + self.bias
+        y: Tensor = (x - mean) / (variance + 1e-5).sqrt() * self.weight + self.bias
+        return y
 
 
 class Residual(Response):
@@ -338,12 +344,12 @@ def test_a_kernel_is_chosen_by_itself() -> None:
 
 
 def response(x: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-    lengths = torch.norm(x, p=2, **PLANE)
+    lengths = lengths_of(x)
     return x * (lengths / (mean(lengths) + 1e-6))
 
 
 def apart(x: Tensor) -> Tensor:
-    lengths = torch.norm(x, **PLANE)
+    lengths = lengths_of(x)
     return x / (1 + (lengths - lengths.mean(1, True)).square()).sqrt()
 
 
@@ -355,11 +361,11 @@ WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         ANOTHER,
     ),
     "lengths of another tensor": (
-        lambda x: x * torch.norm(x, **PLANE) / (torch.norm(x + 1, **PLANE).mean(1, True) + 1e-6),
+        lambda x: x * lengths_of(x) / (lengths_of(x + 1).mean(1, True) + 1e-6),
         ANOTHER,
     ),
     "lengths of the transposed tensor": (
-        lambda x: x / (torch.norm(x, **PLANE) + torch.norm(x.mT, **PLANE).transpose(0, 1) + 1),
+        lambda x: x / (lengths_of(x) + lengths_of(x.mT).transpose(0, 1) + 1),
         ANOTHER,
     ),
     "differences of lengths in double precision": (

@@ -7,9 +7,9 @@ inside it), n elements in a group and g the cotangent of y behind the activation
     dM, dV by the chain rule through a_i, b_j and centre
     dx = A g + dM / n + 2 dV (x - M) / n
 
-and a tensor t inside a group takes ``g u sum a_i dp_i/dt + g sum b_j dq_j/dt``. A mean over groups,
-``m = sum f / count``, takes what each of its groups has for it, ``dm = sum da_i da_i/dm + ...``, and
-each of them gives ``dm / count * df`` to what f is made of.
+and a tensor t inside a group takes ``g u sum a_i dp_i/dt + g sum b_j dq_j/dt``. A mean over
+groups, ``m = sum f / count``, takes what each of its groups has for it, ``dm = sum da_i da_i/dm
++ ...``, and gives ``dm / count * df`` to what f is made of.
 """
 
 from __future__ import annotations

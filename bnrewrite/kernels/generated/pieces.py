@@ -85,7 +85,7 @@ def group_tensors(source: Source, numbers: list[int], only: list[int]) -> list[s
 
 
 def moments(source: Source, mean: str, spread: str) -> list[str]:
-    """M and V of a group, kept for the backward; with what was rounded off, where others need it."""
+    """M and V of a group, kept for the backward; where others need them, with all digits."""
     if source.program.about_zero:
         found = f"const double M = 0, V = {spread} / N;"
     else:

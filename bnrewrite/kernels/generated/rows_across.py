@@ -34,7 +34,11 @@ def _forward(rows: Rows, across: Across) -> list[str]:
         *_function(
             rows,
             "apply",
-            [*_known(rows, across, rows.of_group), *updates(source), *rows.sweep(rows.element.forward())],
+            [
+                *_known(rows, across, rows.of_group),
+                *updates(source),
+                *rows.sweep(rows.element.forward()),
+            ],
         ),
         *_driver("measure", ["average"]),
         "}",
