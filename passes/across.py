@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from torch import fx
+
 from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.axes import Axis, Dim, axes_of
 from bnrewrite.algebra.expression import Atom, Polynomial, Reduction, added
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Linear, moments_of
+
+from .state import Update
 
 Change = Callable[[Polynomial], Polynomial]
 Variance = tuple[int, Polynomial, str]
@@ -130,6 +134,32 @@ def of_smallest_groups(reading: Reading, found: Match) -> Match | None:
     if not over or over == found.over:
         return None
     return replace(found, over=over, moments=moments_of(ring, linear, over))
+
+
+def updates_of_means(
+    reading: Reading, found: Match, candidates: list[tuple[fx.Node | None, fx.Node]]
+) -> list[Update]:
+    """The buffers whose new value is made of means over the groups of a site.
+
+    Args:
+        reading: the meanings of the graph.
+        found: the site.
+        candidates: (buffer, new value), and (None, returned value), which stay the user's.
+    """
+    ring, moments = reading.ring, found.moments
+    groups = [axis for axis in axes_of(found.linear.index) if axis not in found.over]
+    own = moments.mean.bases() | moments.square.bases()
+    updates: list[Update] = []
+    for buffer, node in candidates:
+        meaning = reading.formula(node)
+        if buffer is None or meaning is None or ring.raw(meaning.value) & reading.anchors:
+            continue
+        value, means = ring.attached(meaning.value), Means(ring, found, {})
+        along = axes_of(meaning.dims)
+        known = means.statistics(value) <= own | means.values.keys()
+        if known and along == [axis for axis in groups if axis in along]:
+            updates.append(Update(buffer, node, value, meaning.dims))
+    return updates
 
 
 def _places(ring: Ring, linear: Linear, base: Reduction) -> dict[Axis, Axis] | None:

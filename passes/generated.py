@@ -60,6 +60,10 @@ def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | No
     call = _call if writing.in_place else _operator
     value, updates = call(writing, written, x, [*text.nodes, *residual], len(state.updates))
     for update, new in zip(state.updates, updates, strict=True):
+        along = axes_of(update.dims)
+        for dim, axis in reversed(list(enumerate(text.kept()))):
+            if axis not in along:  # a mean over groups: it is the same for all of them
+                new = writing.emitter.call(aten.select.int, new, dim, 0)
         new = writing.emitter.reshape(new, list(shape_of(update.node)))
         state.replaced[update.node] = writing.cast(new, dtype_of(update.node))
     return writing.finish(value, writing.match.linear.index)
@@ -119,8 +123,8 @@ class _Text:
         if self.shift.terms:
             parts.append(f"shift = {self.sum(self.shift)}")
         for place, update in enumerate(self.updates):
-            kept = [a for a in axes_of(found.linear.index) if a not in found.over]
-            if axes_of(update.dims) != kept:
+            along = axes_of(update.dims)
+            if along != [a for a in self.kept() if a in along]:
                 raise Unwritable("a buffer along other axes")
             parts.append(f"u{place} = {self.sum(update.value)}")
         if self.writing.result_dtype != dtype_of(found.linear.source):
@@ -134,6 +138,10 @@ class _Text:
         if reason is not None:
             raise Unwritable(reason)
         return text
+
+    def kept(self) -> list[Axis]:
+        """The axes of the groups, along which updates are made."""
+        return [a for a in axes_of(self.match.linear.index) if a not in self.match.over]
 
     def _why_no_means(self) -> str | None:
         """Why means over groups have no kernel here; None if they have, or there are none."""
