@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading
-from bnrewrite.algebra.axes import Axis, Dim, axes_of
+from bnrewrite.algebra.axes import Axis, Dim, axes_of, product
 from bnrewrite.algebra.expression import Atom, Polynomial, Reduction, added
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Linear, moments_of
@@ -109,15 +109,14 @@ class Means:
         moves = _places(self.ring, linear, base)
         if moves is None:
             return None
-        here, groups = set(moves.values()), linear.axes - found.over
+        here, groups = _axes(moves), linear.axes - found.over
         if _degree(self.ring, linear, base) is not None:
             if not found.over < here:
                 return None
             return _moment(self.ring, found, base)
         if not here or here | base.axes != groups or base.axes & here:
             return None
-        places: dict[Axis, Dim] = {axis: (to,) for axis, to in moves.items()}
-        return self.ring.substitute(Polynomial({base.monomial: 1}), places)
+        return self.ring.substitute(Polynomial({base.monomial: 1}), moves)
 
 
 def of_smallest_groups(reading: Reading, found: Match) -> Match | None:
@@ -129,8 +128,7 @@ def of_smallest_groups(reading: Reading, found: Match) -> Match | None:
             moves = _places(ring, linear, base)
             if moves is None:
                 return None
-            here = frozenset(moves.values())
-            over = here if over is None else over & here
+            over = _axes(moves) if over is None else over & _axes(moves)
     if not over or over == found.over:
         return None
     return replace(found, over=over, moments=moments_of(ring, linear, over))
@@ -162,24 +160,35 @@ def updates_of_means(
     return updates
 
 
-def _places(ring: Ring, linear: Linear, base: Reduction) -> dict[Axis, Axis] | None:
+def _places(ring: Ring, linear: Linear, base: Reduction) -> dict[Axis, Dim] | None:
     """Where in the tensor the bound axes of a mean run; None where that is no one place."""
     if base.kind != "mean":
         return None
-    moves: dict[Axis, Axis] = {}
+    moves: dict[Axis, Dim] = {}
     for inner in ring.within(Polynomial({base.monomial: 1}), reduced=True):
         if not isinstance(inner, Atom) or inner.source is not linear.source:
             continue
         for read, own in zip(inner.index, linear.index, strict=True):
-            bound = [axis for axis in read if axis in base.bound]
-            if bound and len(read) != len(own):
+            if not base.bound & set(read):
+                continue
+            if len(read) == 1:  # axes that are reduced together are one
+                pairs = [(read[0], own)]
+            elif len(read) == len(own):
+                pairs = [(axis, (to,)) for axis, to in zip(read, own, strict=True)]
+            else:
                 return None
-            for axis, to in zip(read, own, strict=False):
-                if axis in base.bound and moves.setdefault(axis, to) is not to:
+            for axis, to in pairs:
+                if axis in base.bound and moves.setdefault(axis, to) != to:
                     return None
-    if set(moves) != base.bound or len(set(moves.values())) < len(moves):
+    places = [axis for to in moves.values() for axis in to]
+    if set(moves) != base.bound or len(set(places)) < len(places):
         return None
-    return moves if all(axis.size == to.size for axis, to in moves.items()) else None
+    fits = (axis.size == product(part.size for part in to) for axis, to in moves.items())
+    return moves if all(fits) else None
+
+
+def _axes(moves: dict[Axis, Dim]) -> frozenset[Axis]:
+    return frozenset(axis for to in moves.values() for axis in to)
 
 
 def _degree(ring: Ring, linear: Linear, base: Reduction) -> int | None:

@@ -51,6 +51,7 @@ def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | No
     Raises:
         Unwritable: the formula has no kernel.
     """
+    assert writing.match.over, "a kernel reduces something"
     text = _Text(writing, state.updates)
     x = current(writing.match.linear.source)
     if epilogue is not None:
@@ -244,6 +245,8 @@ class _Text:
         if statistic and factor.constant == 1:
             return self._term(statistic, 1)
         several = len([m for m in factor.terms if m]) > 1 or not self._is_plain(factor)
+        if exact and several and self.means.values and self._is_plain(factor):
+            several = False  # the kernel has moments with all their digits, and adds as exactly
         if several and self.ring.raw(factor):
             if exact:
                 raise Unwritable(LOST)

@@ -183,6 +183,8 @@ def _written(
             if decision.whole is None:
                 break
             decision.whole = decision.epilogue = None
+            if not found.over:  # there were only the smallest groups
+                break
         decision.lowering = decision.otherwise
         if not found.over:
             state.updates.clear()  # they were of the groups of the kernel

@@ -58,10 +58,6 @@ ACROSS = {  # means over groups
         "m2[c] = M; m3[c] = V + (M - m2)**2; centre = (M + m0 + t2*m2)/(2 + t2); "
         "scale = t0*((V + t2*m1 + m3)/(2 + t2) + 1.0e-5)**(-1/2); shift = t1; u0 = M - m0"
     ),
-    "weighted": (
-        "x[n c h w] over h w; t0[n c]; t1[c]; m0[] = t1*(Vs + 1.0e-5)**(-1/2); "
-        "centre = M; scale = t0/m0; residual; relu"
-    ),
 }  # fmt: skip
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
