@@ -37,7 +37,7 @@ def _forward(rows: Rows, across: Across) -> list[str]:
             [
                 *_known(rows, across, rows.of_group),
                 *updates(source),
-                *rows.sweep(rows.element.forward()),
+                *rows.sweep([*rows.element.fetched("x"), *rows.element.forward()]),
             ],
         ),
         *_driver("measure", ["average"]),
@@ -56,7 +56,7 @@ def _backward(rows: Rows, across: Across) -> list[str]:
     flush += [f"{symbol} += {text};" for symbol, text in group_sums]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
-        *(element.fetched("x", "dy") if rows.reduced else []),
+        *element.fetched("x", "dy"),
         *element.backward(),
         *adds,
         *element.residual_gradient(),
@@ -75,7 +75,7 @@ def _backward(rows: Rows, across: Across) -> list[str]:
         "if (dx != nullptr) {",
         "  const acc along = acc(2 * dV / N), level = acc(dM / N);",
         *(["  const acc middle = acc(M);"] if element.needs_mean else []),
-        *indented(rows.sweep([*element.backward(), element.input_gradient()]), 2),
+        *indented(rows.sweep([*element.fetched("x", "dy"), *element.backward(), element.input_gradient()]), 2),
         "}",
     ]
     return [
