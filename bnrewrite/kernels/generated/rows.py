@@ -199,7 +199,7 @@ def _backward(rows: Rows) -> list[str]:
     flush += [f"k{i}[group * outer + row] = {text};" for i, text in by_row.items()]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
-        *(element.fetched("x", "dy") if rows.reduced else []),
+        *(element.fetched("x", "dy") if rows.reduced or source.program.activation else []),
         *rows.element_tensors(),
         *element.backward(),
         *adds,
