@@ -75,7 +75,12 @@ def _backward(rows: Rows, across: Across) -> list[str]:
         "if (dx != nullptr) {",
         "  const acc along = acc(2 * dV / N), level = acc(dM / N);",
         *(["  const acc middle = acc(M);"] if element.needs_mean else []),
-        *indented(rows.sweep([*element.fetched("x", "dy"), *element.backward(), element.input_gradient()]), 2),
+        *indented(
+            rows.sweep(
+                [*element.fetched("x", "dy"), *element.backward(), element.input_gradient()]
+            ),
+            2,
+        ),
         "}",
     ]
     return [
