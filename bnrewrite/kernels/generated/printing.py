@@ -176,8 +176,16 @@ class Source:
         """How many elements a tensor has."""
         return " * ".join(f"n{loop}" for loop in self.runs(number)) or "1"
 
-    def signature(self, name: str, pointers: Sequence[tuple[str, str]]) -> str:
-        """The head of a function: what it points to, the lengths of its loops, the extents."""
+    def signature(
+        self, name: str, pointers: Sequence[tuple[str, str]], results: Sequence[str]
+    ) -> str:
+        """The head of a function: what it points to, the lengths of its loops, the extents.
+
+        Args:
+            name: of the function.
+            pointers: types and names.
+            results: those to tensors like x that it writes.
+        """
         loops = range(len(self.layout.loops))
         lines = [
             f'extern "C" void {name}(void **given, const double *extents, const int64_t *size,'
@@ -189,6 +197,8 @@ class Source:
         for i in loops:
             inner = " * ".join([f"n{j}" for j in loops if j > i])
             lines.append(f"  const int64_t s{i} = {inner or '1'};")
+        size = " * ".join(f"n{i}" for i in loops)
+        lines += [f"  in_large_pages({result}, {size});" for result in results]
         named = enumerate(self.program.extents())
         lines += [f"  const double {name} = extents[{i}]; (void){name};" for i, name in named]
         return "\n".join(lines)

@@ -117,7 +117,7 @@ class _Rows:
 def _forward(rows: _Rows) -> list[str]:
     source = rows.source
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *rows.head(),
         "#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)",
         "  for (int64_t group = 0; group < groups; ++group) {",
@@ -224,7 +224,7 @@ def _backward(rows: _Rows) -> list[str]:
         *_passed_on(of_element),
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *rows.head(),
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],
         *[f"  std::vector<double> k{i}(groups * outer);" for i in by_row],
