@@ -105,6 +105,11 @@ class Source:
     layout: Layout
     dtypes: tuple[str, ...]
 
+    def key(self) -> str:
+        """All of it as a text that is the same in every process."""
+        loops = [(loop.axes, loop.reduced, sorted(loop.tensors)) for loop in self.layout.loops]
+        return repr((self.text, loops, self.layout.columns, self.dtypes))
+
     @property
     def program(self) -> Program:
         """The program of the text."""
@@ -145,13 +150,13 @@ class Source:
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
-    def copied(self) -> list[int]:
+    def copied(self, firm: Sequence[int]) -> list[int]:
         """The tensors of which a copy is saved: any may change before the backward of user's code.
 
         Buffers; a bias whose activation is masked; and a weight that is no factor itself, as in
         ``y * (1 + w)``: autograd keeps the sum.
         """
-        program, free, firm = self.program, self.free(), self.firm()
+        program, free = self.program, self.free()
         masks = bool(program.activation) and not program.residual
         return [
             i
