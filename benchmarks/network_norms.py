@@ -24,6 +24,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import bnrewrite
+from benchmarks import plots
 from benchmarks.measure import Clock, interleaved, machine, saved_bytes
 from benchmarks.network_cases import DTYPES, KINDS, Case, cases
 from benchmarks.tables import RESULTS, Results
@@ -194,46 +195,27 @@ def summary(results: Sequence[Result]) -> list[str]:
 
 
 def _plot(results: Sequence[Result], folder: Path) -> None:
-    import matplotlib as mpl  # here: only the plots need it, and its import takes a second
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     device = f"{machine()['device']}, {torch.get_num_threads()} threads"
-    labels = [f"{each.norm}, {each.shape}, {each.layout}" for each in results]
-    rows = range(len(results))
-    figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(results) + 1.5), layout="constrained")
-    peers = [p for p in (HAND, COMPILED[HAND], OURS) if p in results[0].milliseconds]
-    for place, peer in enumerate(peers):
-        height = 0.8 / len(peers)
-        ratios = [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
-        offset = (place - (len(peers) - 1) / 2) * height
-        axes.barh([row + offset for row in rows], [ratio - 1 for ratio in ratios], left=1,
-                  height=height, label=peer)  # fmt: skip
-    axes.axvline(1.0, color="black", linewidth=1, label="native = 1")
-    axes.set_xscale("log")
-    axes.set_yticks(rows, labels, fontsize=8)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("time of a training step relative to the native module (less is faster)")
-    axes.set_title(device, fontsize=9)
-    axes.legend()
-    figure.savefig(folder / "network_norms.png", dpi=110)
-    pyplot.close(figure)
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for peer, marker in ((HAND, "x"), (NATIVE, "^"), (OURS, "o"), (LIMIT, "_")):
-        found = [each for each in results if each.equal or peer != NATIVE]
-        speeds = [each.megabytes / each.milliseconds[peer] for each in found]  # MB / ms = GB / s
-        axes.scatter([each.megabytes for each in found], speeds, marker=marker, label=peer)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("MB that a training step must move")
-    axes.set_ylabel("GB/s, of these bytes (more is faster)")
-    axes.set_title(device, fontsize=9)
-    axes.legend()
-    figure.savefig(folder / "network_roofline.png", dpi=110)
-    pyplot.close(figure)
+    plots.bars(
+        folder / "network_norms.png",
+        [f"{each.norm}, {each.shape}, {each.layout}" for each in results],
+        {
+            peer: [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
+            for peer in (HAND, COMPILED[HAND], OURS)
+            if peer in results[0].milliseconds
+        },
+        quantity="time of a training step",
+        title=device,
+    )
+    with plots.plot(folder / "network_roofline.png", (8, 5), device) as axes:
+        for peer, marker in ((HAND, "x"), (NATIVE, "^"), (OURS, "o"), (LIMIT, "_")):
+            found = [each for each in results if each.equal or peer != NATIVE]
+            speeds = [each.megabytes / each.milliseconds[peer] for each in found]  # MB/ms = GB/s
+            axes.scatter([each.megabytes for each in found], speeds, marker=marker, label=peer)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("MB that a training step must move")
+        axes.set_ylabel("GB/s, of these bytes (more is faster)")
 
 
 if __name__ == "__main__":
