@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from benchmarks.cost_cases import EXPONENTS, Case, cases
-from benchmarks.measure import Clock, interleaved, machine
+from benchmarks.measure import CLOCKS, Clock, interleaved, machine
 from benchmarks.tables import RESULTS, markdown
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
@@ -37,7 +37,6 @@ from bnrewrite.kernels import why_no_kernels, why_no_triton
 from bnrewrite.options import Options
 from bnrewrite.passes.cost_table import LOWERINGS, Table, fastest, name_of_file
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 PACKAGE = Path(__file__).parents[1] / "passes"
 
 Times = dict[str, float]

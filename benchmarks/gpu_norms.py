@@ -32,13 +32,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import bnrewrite
-from benchmarks.measure import Timing
-from benchmarks.network_cases import KINDS, Case, cases
+from benchmarks.cases import HAND, NATIVE
+from benchmarks.measure import Timing, training_step
+from benchmarks.network_cases import COMPILED, Case, cases
 from benchmarks.tables import RESULTS, Results
 
-HAND, NATIVE = KINDS
 OURS, COPY = "generated", "copy"
-COMPILED = {HAND: "compiled hand-written", NATIVE: "compiled native"}
 GRAPHS = {OURS: "generated, graph", NATIVE: "native, graph"}
 PEERS = (HAND, NATIVE, *COMPILED.values(), "liger", OURS, *GRAPHS.values(), COPY)
 BUDGET = 400  # seconds, after which no further case is begun
@@ -188,7 +187,9 @@ def measured(case: Case, rounds: int) -> Result:
     liger = case.liger(models[NATIVE])
     if liger is not None:
         candidates["liger"] = liger
-    steps = {name: _step(model, inputs, cotangent) for name, model in candidates.items()}
+    steps: dict[str, Step] = {
+        name: training_step(model, inputs, cotangent) for name, model in candidates.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compilers tell how they might be made faster
         failing = []
@@ -233,11 +234,6 @@ def _wrong(hand: nn.Module, ours: nn.Module, inputs: Sequence[Tensor]) -> tuple[
     if lowering != "generated":
         wrong.append(f"the lowerings are {lowering!r}")
     return wrong, lowering
-
-
-def _step(model: nn.Module, inputs: Sequence[Tensor], cotangent: Tensor) -> Step:
-    wanted = [*inputs, *model.parameters()]
-    return lambda: torch.autograd.grad(model(*inputs), wanted, cotangent)
 
 
 def _graph(step: Step, inputs: Sequence[Tensor], model: nn.Module) -> tuple[Step, bool]:

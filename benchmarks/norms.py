@@ -8,7 +8,6 @@ bytes kept for the backward) and in evaluation (forward only).
 """
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +21,8 @@ from torch import Tensor, nn
 import bnrewrite
 from benchmarks import plots
 from benchmarks.cases import HAND, NATIVE, OPTIMISED, PEERS, Case, cases
-from benchmarks.measure import Clock, interleaved, machine, saved_bytes
+from benchmarks.measure import CLOCKS, Clock, interleaved, machine, saved_bytes, training_step
 from benchmarks.tables import RESULTS, Results
-
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def measure(case: Case, *, rounds: int, device: str, clock: Clock) -> Result:
     with torch.set_grad_enabled(case.training):
         report = bnrewrite.explain(peers[HAND], x.requires_grad_(case.training))
         calls = {
-            name: _training_step(peer, x, cotangent) if case.training else _forward(peer, x)
+            name: training_step(peer, [x], cotangent) if case.training else _forward(peer, x)
             for name, peer in peers.items()
         }
         timings = interleaved(calls, rounds=rounds, device=device, clock=clock)
@@ -113,12 +110,6 @@ def measure(case: Case, *, rounds: int, device: str, clock: Clock) -> Result:
 
 def _forward(peer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: peer(x)
-
-
-def _training_step(peer: nn.Module, x: Tensor, cotangent: Tensor) -> Callable[[], object]:
-    inputs = (x, *peer.parameters())
-    # grad, not backward(): adding to .grad is the same work for all peers and would hide ratios
-    return lambda: torch.autograd.grad(peer(x), inputs, cotangent)
 
 
 HEADINGS = (

@@ -9,7 +9,6 @@ images; weights are random.
 
 import argparse
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,11 +22,9 @@ from torch.nn import functional
 import bnrewrite
 from benchmarks import hand_written
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
-from benchmarks.measure import Clock, interleaved, saved_bytes
+from benchmarks.measure import CLOCKS, Clock, interleaved, saved_bytes
 from benchmarks.onnx_models import Norm, unet
 from benchmarks.tables import RESULTS, Results
-
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
 
 
 class BasicBlock(nn.Module):
