@@ -36,6 +36,7 @@ from benchmarks.cases import HAND, NATIVE
 from benchmarks.measure import Timing, training_step
 from benchmarks.network_cases import COMPILED, Case, cases
 from benchmarks.tables import RESULTS, Results
+from bnrewrite.errors import first_line, with_its_name
 
 OURS, COPY = "generated", "copy"
 GRAPHS = {OURS: "generated, graph", NATIVE: "native, graph"}
@@ -168,7 +169,7 @@ def operators_are_wrong() -> list[str]:
         for mine, eager in zip(*reversed(values), strict=True):
             torch.testing.assert_close(mine, eager)
     except AssertionError as error:
-        told.append(f"inside torch.compile: {str(error).splitlines()[0]}")
+        told.append(f"inside torch.compile: {first_line(error)}")
     return told
 
 
@@ -199,7 +200,7 @@ def measured(case: Case, rounds: int) -> Result:
                     step()
             except Exception as error:  # one peer that fails must not hide the others
                 failing.append(name)
-                wrong.append(f"{name} fails: {str(error).splitlines()[0][:120]}")
+                wrong.append(f"{name} fails: {with_its_name(error, 120)}")
     steps = {name: step for name, step in steps.items() if name not in failing}
     for name, told in GRAPHS.items():
         if name in steps:

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 import bnrewrite
 from benchmarks.measure import interleaved, machine
 from benchmarks.onnx_models import Pair, pairs
+from bnrewrite.errors import with_its_name
 from bnrewrite.onnx import SessionError
 from bnrewrite.onnx.translate import quiet
 
@@ -94,8 +95,7 @@ def _line(pair: Pair, dtype: torch.dtype, rounds: int) -> Line:
     try:
         return _measured(pair, dtype, name, rounds)
     except Exception as error:  # one model that fails must not hide the others
-        text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return Line(pair.name, name, "", "", "", "", text)
+        return Line(pair.name, name, "", "", "", "", with_its_name(error))
 
 
 def _measured(pair: Pair, dtype: torch.dtype, name: str, rounds: int) -> Line:
