@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrewrite.gradients import differentiable_nodes, in_grad_mode
+
 from .anchors import anchors, is_power, lineage
 from .axes import Axis, Dim, Dims, Opaque, align, axes_of, fresh_dims, size_of, substitute
 from .calls import arguments_of, is_pointwise, is_tensor, name_of, shape_of
@@ -215,20 +217,14 @@ def read(graph: fx.Graph, *, grad_enabled: bool = True) -> Reading:
     """
     from .semantics import SEMANTICS  # the table imports this module's types
 
-    ever = grad_enabled or any(
-        n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes
-    )
-    gradients = _differentiable(graph, grad_enabled, ever)
+    ever = any(grad for _, grad in in_grad_mode(graph, grad_enabled))
+    gradients = differentiable_nodes(graph, grad_enabled) if ever else frozenset()
     same = duplicates(graph, grad_enabled=grad_enabled)
     own = anchors(graph)
     bases = frozenset(same.get(n, n) for n in own)
     same = {n: f for n, f in same.items() if n in own or not (f in bases and is_power(n, bases))}
     reading = Reading(Ring(lambda source: source in gradients), anchors=bases, same=same)
-    grad = grad_enabled
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-            continue
+    for node, grad in in_grad_mode(graph, grad_enabled):
         _read_node(reading, node, SEMANTICS, stopped=ever and not grad)
     return reading
 
@@ -310,20 +306,3 @@ def _opaque(reading: Reading, node: fx.Node) -> Meaning:
                 return reading.atom(node)
             return Meaning(dims, reading.ring.atom(node, dims, moments=moments))
     return reading.atom(node)
-
-
-def _differentiable(graph: fx.Graph, grad_enabled: bool, ever: bool) -> frozenset[fx.Node]:
-    """The nodes that carry a gradient."""
-    found: set[fx.Node] = set()
-    grad = grad_enabled
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            if ever and isinstance(value, torch.Tensor) and node.meta["requires_grad"]:
-                found.add(node)
-        elif node.op == "call_function":
-            if node.target is torch._C._set_grad_enabled:
-                grad = bool(node.args[0])
-            elif grad and name_of(node) != "detach" and not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
-    return frozenset(found)

@@ -23,6 +23,7 @@ from torch.fx.experimental import _config
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept
 from bnrewrite.capture.sources import ORIGIN, Kind
 from bnrewrite.capture.targets import is_in_place
+from bnrewrite.gradients import GRAD_MODE
 
 _GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST: Any = wrap_with_autocast
@@ -155,10 +156,10 @@ class _Writing:
     def end(self, updates: list[tuple[fx.Node, fx.Node]], users: list[fx.Node]) -> None:
         """Update in place what a graph without effects returns, and return the rest."""
         if updates:
-            self.graph.call_function(torch._C._set_grad_enabled, (False,))
+            self.graph.call_function(GRAD_MODE, (False,))
             for owner, value in updates:
                 self.graph.call_function(torch.ops.aten.copy_.default, (owner, value))
-            self.graph.call_function(torch._C._set_grad_enabled, (self.gradients,))
+            self.graph.call_function(GRAD_MODE, (self.gradients,))
         self.graph.output(tuple(users))
 
     def _placed(self, found: fx.Node, node: fx.Node) -> fx.Node:
@@ -181,10 +182,10 @@ class _Writing:
     def _with_gradients(self, node: fx.Node, made: dict[fx.Node, Any]) -> Any:
         enabled, body, *given = node.args
         before, self.gradients = self.gradients, bool(enabled)
-        self.graph.call_function(torch._C._set_grad_enabled, (self.gradients,))
+        self.graph.call_function(GRAD_MODE, (self.gradients,))
         results = self._body(node, body, given, made)
         self.gradients = before
-        self.graph.call_function(torch._C._set_grad_enabled, (before,))
+        self.graph.call_function(GRAD_MODE, (before,))
         return results
 
     def _with_autocast(self, node: fx.Node, made: dict[fx.Node, Any]) -> Any:
