@@ -10,7 +10,7 @@ from torch import fx
 
 from .axes import Axis, Dims
 from .calls import is_tensor
-from .catalogue import Norm, Roles, name_centred
+from .catalogue import Roles, name_centred
 from .expression import (
     MAXIMA,
     ONE,
@@ -173,13 +173,12 @@ def _named_centred(reading: Reading, base: Match, found: Denominator) -> Match:
         return replace(base, reason="eps is added after the root", eps=found.outside)
     inside = found.inside.constant
     eps = None if inside is None else float(inside)
-    norm = _named(reading, base)
-    allowed = _affine_axes(base, norm.kind if norm else "")
+    kind = _named(reading, base)
     affine = ring.axes(base.weight) | ring.axes(base.bias)
-    if norm is None or not affine <= allowed:
+    if kind is None or not affine <= _affine_axes(base, kind):
         return replace(base, reason="its affine runs along axes that no named norm has", eps=eps)
     base = _moved(ring, base, found)
-    return replace(base, kind=norm.kind, eps=eps, root_eps=found.inside)
+    return replace(base, kind=kind, eps=eps, root_eps=found.inside)
 
 
 def _moved(ring: Ring, base: Match, found: Denominator) -> Match:
@@ -365,14 +364,14 @@ def _clamp(
     return _outside(_norm(ring, linear, other, moments, over), float(limit))
 
 
-def _named(reading: Reading, base: Match) -> Norm | None:
+def _named(reading: Reading, base: Match) -> str | None:
     """The name of a centred norm: ``batch_norm(x.t())`` is one of the transposed tensor."""
     linear = base.linear
-    norm = name_centred(roles_of(reading, base, linear.index))
-    if norm and norm.kind == "layer_norm" and set(linear.index) == set(linear.dims):
+    name = name_centred(roles_of(reading, base, linear.index))
+    if name == "layer_norm" and set(linear.index) == set(linear.dims):
         seen = name_centred(roles_of(reading, base, linear.dims))
-        return seen if seen and seen.kind == "batch_norm" else norm
-    return norm
+        return seen if seen == "batch_norm" else name
+    return name
 
 
 def roles_of(reading: Reading, base: Match, index: Dims) -> Roles:
