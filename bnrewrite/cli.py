@@ -35,6 +35,7 @@ _EPILOGUE = "exit codes: " + "; ".join(
         "2 the command line is wrong",
         "3 the model does not load, run or export",
         "130 interrupted",
+        "143 told to end",
     )
 )
 
