@@ -127,11 +127,11 @@ def _measured(pair: Pair, dtype: torch.dtype, name: str, rounds: int) -> Line:
         error=f"{max(check.optimized for check in checks):.1e}",
         milliseconds=" ".join(f"{each} {1e3 * t.median:.3f}" for each, t in timings.items()),
         over_native=ratio,
-        wrong="; ".join(told) or _wrong_places(files["bnrewrite"].name, calls, arguments),
+        wrong="; ".join(told) or _wrong_places(files["bnrewrite"].name, calls),
     )
 
 
-def _wrong_places(name: str, calls: dict[str, Any], arguments: dict[str, Any]) -> str:
+def _wrong_places(name: str, calls: dict[str, Any]) -> str:
     """Outputs must be on the GPU."""
     call = calls["bnrewrite"]
     if call is None:

@@ -26,7 +26,6 @@ from .nodes import current
 # The first that is within a tie of the fastest is taken: what keeps less memory and more digits.
 LOWERINGS = ("generated", "native", "composite")
 TIE = 1.1
-LAYOUTS = ("rows", "columns", "apart")
 MODES = {True: "training", False: "evaluation"}
 # Kinds that are another one's operator of PyTorch.
 FAMILIES = {"instance_norm": "group_norm", "weight_standardization": "layer_norm"}

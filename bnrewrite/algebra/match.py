@@ -257,8 +257,8 @@ def denominator(
         return None
     base, exponent = ring.bases[part[0][0]], part[0][1]
     if exponent == Fraction(-1, 2) and isinstance(base, (Sum, Reduction)):
-        polynomial = base.polynomial if isinstance(base, Sum) else moments_square(ring, base)
-        return _under_root(ring, linear, polynomial, moments)
+        single = Polynomial({((base.id, 1),): 1})
+        return _under_root(ring, base.polynomial if isinstance(base, Sum) else single, moments)
     if isinstance(base, Sum) and exponent == -1:
         constant = base.polynomial.terms.get((), 0)
         rest = added(base.polynomial, Polynomial({(): constant}), -1) if constant else None
@@ -271,14 +271,7 @@ def denominator(
     return _norm(ring, linear, inverse, moments, over)
 
 
-def moments_square(ring: Ring, base: Reduction) -> Polynomial:
-    """A reduction as a polynomial."""
-    return Polynomial({((base.id, 1),): 1})
-
-
-def _under_root(
-    ring: Ring, linear: Linear, polynomial: Polynomial, moments: Moments
-) -> Denominator | None:
+def _under_root(ring: Ring, polynomial: Polynomial, moments: Moments) -> Denominator | None:
     """(a V + e) or (a E[x^2] + e), scaled to a = 1."""
     ((square, _),) = moments.square.terms.items()
     lead = factor_of(polynomial, square[0][0])
@@ -359,7 +352,7 @@ def _clamp(
     limit: Number = constants[index] or 0
     other = base.arguments[1 - index]
     if not whole:
-        found = _under_root(ring, linear, other, moments)
+        found = _under_root(ring, other, moments)
         return _outside(found, float(limit)) if found and found.inside == ZERO else None
     return _outside(_norm(ring, linear, other, moments, over), float(limit))
 

@@ -48,7 +48,7 @@ def users_graph(program: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
     for node, given in zip(placeholders, program.graph_signature.input_specs, strict=True):
         kind = _KINDS.get(given.kind, "input")
         node.meta[ORIGIN] = kind, None if kind == "input" else given.target
-    examples = _differentiated(graph, placeholders)
+    examples = _differentiated(placeholders)
     _run_on_fakes(graph, examples)
     return graph, examples
 
@@ -91,7 +91,7 @@ def _run_on_fakes(graph: fx.GraphModule, examples: list[Any]) -> None:
         _Noting(graph).run(*map(_another, examples))
 
 
-def _differentiated(graph: fx.GraphModule, placeholders: list[fx.Node]) -> list[Any]:
+def _differentiated(placeholders: list[fx.Node]) -> list[Any]:
     """The values that stand for inputs; those of the user's may be differentiated later.
 
     What the graph updates in place may not.
