@@ -11,6 +11,7 @@ from torch import fx
 
 from bnrewrite.gradients import GRAD_MODE
 from bnrewrite.kernels import KERNELS, never_kept, norm, norm_with_updates
+from bnrewrite.walks import reached
 
 
 def outlives(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
@@ -40,14 +41,8 @@ def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
     graph = node.graph
     if any(each.op == "call_method" or not _has_schema(each) for each in graph.nodes):
         return bool(differentiable)
-    pending, seen = [node], {node}
-    while pending:
-        for user in pending.pop().users:
-            if user in differentiable:
-                return True
-            if user not in seen:
-                seen.add(user)
-                pending.append(user)
+    if not differentiable.isdisjoint(reached([*node.users], lambda each: each.users)):
+        return True
     return any(user.op == "output" for user in node.users)
 
 
