@@ -63,10 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         console.print("torch sees no GPU here: nothing was checked")
         return 0
+    chosen = pairs(options.only)
+    if not chosen:
+        parser.error(f"{options.only!r} is in none of {[pair.name for pair in pairs()]}")
     start = time.monotonic()
     wrong = _tests(console)
     lines: list[Line] = []
-    for pair in pairs(options.only):
+    for pair in chosen:
         for dtype in DTYPES:
             if time.monotonic() - start > BUDGET:
                 console.print(f"left out for want of time: {pair.name}, {dtype}")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: `bnrewrite.measuring`, and what one should know of the machine."""
+"""What the benchmarks share: `bnrewrite.measuring`, a training step, clocks, and the machine."""
 
 import platform
 import sys

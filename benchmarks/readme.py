@@ -29,7 +29,7 @@ HEADINGS = (
 
 
 def main() -> None:
-    """Replace what stands between the two marks."""
+    """Replace what stands between the marks."""
     text = README.read_text(encoding="utf-8")
     README.write_text(with_table(text), encoding="utf-8")
 
@@ -38,7 +38,7 @@ def with_table(text: str) -> str:
     """The README's text with the tables that belong there now.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: a mark is missing.
     """
     text = _between(text, START, END, _measured())
     return _between(text, ONNX_START, ONNX_END, _exported())
