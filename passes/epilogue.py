@@ -44,20 +44,23 @@ class TakeEpilogues:
 
     def run(self, rewriting: Rewriting) -> None:
         """Fill in the epilogues of decisions."""
+        if not rewriting.decisions:
+            return
         reading, begin = rewriting.reading, rewriting.canonical.grad_enabled
+        assert reading is not None
         stopped = {node for node, grad in in_grad_mode(rewriting.graph, begin) if not grad}
         taken: set[fx.Node] = set()  # a sum of two norms goes to the first of them
         for decision in rewriting.decisions:
-            if decision.refusal is None:
-                assert reading is not None
-                whole = _whole(reading, decision.match, stopped)
-                if whole is not None and whole.node not in taken:
-                    decision.whole = whole
-                    taken.add(whole.node)
-                epilogue = _epilogue(decision.whole or decision.match, stopped)
-                if epilogue is not None and epilogue.last not in taken:
-                    decision.epilogue = epilogue
-                    taken.add(epilogue.last)
+            if decision.refusal is not None:
+                continue
+            whole = _whole(reading, decision.match, stopped)
+            if whole is not None and whole.node not in taken:
+                decision.whole = whole
+                taken.add(whole.node)
+            epilogue = _epilogue(decision.whole or decision.match, stopped)
+            if epilogue is not None and epilogue.last not in taken:
+                decision.epilogue = epilogue
+                taken.add(epilogue.last)
 
 
 def _whole(reading: Reading, found: Match, stopped: set[fx.Node]) -> Match | None:

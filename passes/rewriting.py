@@ -46,7 +46,8 @@ class Decision:
     """A recognised norm and what becomes of it.
 
     Attributes:
-        lowering: "native", "generated" or "composite" once planned, "fold" once folded.
+        lowering: "native", "generated", "composite" or "synchronised" once planned, "fold" once
+            folded.
         otherwise: what it is where the formula has no kernel.
         whole: the site and what scales and shifts it further, as one formula, for a kernel.
         epilogue: what follows that, which a kernel may compute too.
