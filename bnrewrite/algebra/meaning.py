@@ -237,32 +237,15 @@ def _read_node(
     if node in reading.same:
         reading.repeat(node)
         return
-    if isinstance(value, torch.SymInt):
-        reading.meanings[node] = Meaning((), reading.ring.extent(size_of(value)))
+    known = _size_or_constant(reading, node)
+    if known is not None:
+        reading.meanings[node] = known
         return
-    if node.op == "get_attr":
-        constant = _constant(node)
-        if constant is not None:
-            reading.meanings[node] = constant
-            return
-    result: Meaning | tuple[Meaning | Joined | None, ...] | None = None
-    name = name_of(node) if node.op == "call_function" else ""
-    rule = semantics.get(name)
-    if reading.joined or name in JOINS:
-        result = read_joined(reading, node, rule, stopped=stopped)
-    if rule is not None and result is None:
-        try:
-            result = rule(reading, node, arguments_of(node))
-            if stopped and isinstance(result, Meaning):
-                result = Meaning(result.dims, reading.ring.stop(result.value))
-        except Opaque:
-            result = None
+    result = _computed(reading, node, semantics, stopped=stopped)
     if isinstance(result, tuple):
         reading.outputs[node] = result
-    elif result is not None and node in reading.anchors:
-        reading.sealed[node] = result
     elif result is not None:
-        reading.meanings[node] = result
+        (reading.sealed if node in reading.anchors else reading.meanings)[node] = result
     tables = (reading.outputs, reading.sealed, reading.meanings, reading.joined)
     if any(node in table for table in tables) and not reading.vanish(node):
         reading.forget(node)
@@ -274,6 +257,35 @@ def _read_node(
         reading.meanings[node] = _opaque(reading, node)
     elif isinstance(value, (torch.SymFloat, float)):
         reading.meanings[node] = Meaning((), reading.ring.atom(node, ()))
+
+
+def _size_or_constant(reading: Reading, node: fx.Node) -> Meaning | None:
+    """What is a number of the graph: a size, a constant of one element."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return Meaning((), reading.ring.extent(size_of(value)))
+    return _constant(node) if node.op == "get_attr" else None
+
+
+def _computed(
+    reading: Reading, node: fx.Node, semantics: dict[str, Semantics], *, stopped: bool
+) -> Meaning | tuple[Meaning | Joined | None, ...] | None:
+    """What an operation makes of the formulas of its operands; None where that is not known."""
+    name = name_of(node) if node.op == "call_function" else ""
+    rule = semantics.get(name)
+    if reading.joined or name in JOINS:
+        packed = read_joined(reading, node, rule, stopped=stopped)
+        if packed is not None:
+            return packed
+    if rule is None:
+        return None
+    try:
+        result = rule(reading, node, arguments_of(node))
+        if stopped and isinstance(result, Meaning):
+            return Meaning(result.dims, reading.ring.stop(result.value))
+    except Opaque:
+        return None
+    return result
 
 
 def _constant(node: fx.Node) -> Meaning | None:
