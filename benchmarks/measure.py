@@ -3,7 +3,8 @@
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from bnrewrite.measuring import Clock, Timing, interleaved, saved_bytes, synchronize
 
 __all__ = [
-    "CLOCKS", "Clock", "Timing", "interleaved", "machine", "saved_bytes", "synchronize",
+    "CLOCKS", "Clock", "Timing", "interleaved", "machine", "origin", "saved_bytes", "synchronize",
     "training_step",
 ]  # fmt: skip
 
@@ -39,6 +40,12 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "command": "python -m " + " ".join([_module_name(), *sys.argv[1:]]),
     }
+
+
+def origin(where: Mapping[str, Any]) -> str:
+    """Where numbers come from, in a line: what `machine` found."""
+    threads = f"{where['threads']} thread{'' if where['threads'] == 1 else 's'}"
+    return f"{where['device']}, {threads}, torch {where['torch']}"
 
 
 def _processor() -> str:

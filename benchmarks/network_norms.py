@@ -25,7 +25,15 @@ from torch import Tensor, nn
 import bnrewrite
 from benchmarks import plots
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
-from benchmarks.measure import CLOCKS, Clock, interleaved, machine, saved_bytes, training_step
+from benchmarks.measure import (
+    CLOCKS,
+    Clock,
+    interleaved,
+    machine,
+    origin,
+    saved_bytes,
+    training_step,
+)
 from benchmarks.network_cases import COMPILED, DTYPES, Case, cases
 from benchmarks.tables import RESULTS, Results
 
@@ -73,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     table.write(options.output)
     _plot(results, options.output)
     for text in summary(results):
-        console.print(text)
+        console.print(text, soft_wrap=True)
     return results
 
 
@@ -189,7 +197,7 @@ def summary(results: Sequence[Result]) -> list[str]:
 
 
 def _plot(results: Sequence[Result], folder: Path) -> None:
-    device = f"{machine()['device']}, {torch.get_num_threads()} threads"
+    device = origin(machine())
     plots.bars(
         folder / "network_norms.png",
         [f"{each.norm}, {each.shape}, {each.layout}" for each in results],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PEERS
+from benchmarks.measure import origin
 from benchmarks.tables import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
@@ -54,15 +55,14 @@ def _between(text: str, begin: str, finish: str, table: str) -> str:
 
 def _measured() -> str:
     record = json.loads((RESULTS / "norms.json").read_text(encoding="utf-8"))
-    where = record["machine"]
     sizes: dict[str, str] = {}
     rows = []
     for result in record["results"]:
         first = sizes.setdefault(result["norm"], result["size"])
         if result["mode"] == "train" and result["size"] == first:
             rows.append(_row(result))
-    origin = f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
-    return f"{markdown(HEADINGS, rows)}\n\n{origin}; `make benchmark` measures it again."
+    where = origin(record["machine"])
+    return f"{markdown(HEADINGS, rows)}\n\n{where}; `make benchmark` measures it again."
 
 
 def _exported() -> str:

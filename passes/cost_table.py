@@ -114,8 +114,7 @@ def table_of(device: str) -> Table | None:
 
 def fastest(times: Mapping[str, float], allowed: Collection[str]) -> str | None:
     """The lowering to take of those that may be taken; None where none of them was measured."""
-    known = {lowering: times[lowering] for lowering in LOWERINGS if lowering in times}
-    known = {lowering: time for lowering, time in known.items() if lowering in allowed}
+    known = {each: times[each] for each in LOWERINGS if each in times and each in allowed}
     limit = TIE * min(known.values(), default=0)
     return next((lowering for lowering, time in known.items() if time <= limit), None)
 
