@@ -137,7 +137,7 @@ class _Statistics:
 
 def _is_plain(value: Polynomial) -> bool:
     """Whether a value is one tensor as it is: reshaped, cast, not computed with."""
-    return len(value.terms) == 1 and next(iter(value.terms))[0][1] == 1 if value.terms else False
+    return len(value.terms) == 1 and next(iter(value.terms))[0][1] == 1
 
 
 def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> None:
@@ -171,18 +171,15 @@ def _written(
     """The lowering of a decision, or the next best where its formula has no kernel."""
     found = decision.match
     assert rewriting.reading is not None
-    if decision.lowering == "generated":
-        while True:
-            whole = decision.whole or found
-            try:
-                writing = _writing(rewriting, whole, statistics, None)
-                return write_generated(writing, state, decision.epilogue)
-            except (Unwritable, Opaque):
-                state.replaced.clear()
+    while decision.lowering == "generated":
+        try:
+            writing = _writing(rewriting, decision.whole or found, statistics, None)
+            return write_generated(writing, state, decision.epilogue)
+        except (Unwritable, Opaque):
+            state.replaced.clear()
             if decision.whole is None:
-                break
+                decision.lowering = decision.otherwise
             decision.whole = decision.epilogue = None
-        decision.lowering = decision.otherwise
     if decision.lowering == "synchronised":
         check_updates(statistics.made_of.get(found.linear.source, {}), state.updates)
         check_counters(rewriting, found, state.updates)
