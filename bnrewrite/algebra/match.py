@@ -47,7 +47,8 @@ class Match:
     """A norm site and its formula, ``y = x * scale + shift`` with ``scale = part * weight``.
 
     Attributes:
-        kind: a name of the catalogue, or "general".
+        linear: the site as degree one in x.
+        kind: one of ``bnrewrite.options.KINDS``.
         over: the reduced axes.
         eps: as the user's formula has it, relative to the user's statistic.
         root_eps: for ``(V + root_eps)^(-1/2)`` and ``(E[x^2] + root_eps)^(-1/2)``: the native eps.
@@ -89,8 +90,10 @@ class Denominator:
 
     Attributes:
         variance: of V, else of a p-norm.
+        order: p.
         inside: the eps stands under the root, in units of V or of E[|x|^p].
         outside: the eps stands outside the root or in a maximum, in units of the p-norm.
+        masked: the root is ``norm``'s, with gradient zero at zero.
         factor: ``(a V + e)^(-1/2) = a^(-1/2) (V + e / a)^(-1/2)`` where a is not a number (a
             correction over a symbolic size): a^(-1/2), which moves to the weight.
     """

@@ -39,7 +39,9 @@ class Reading:
     """The meanings of one graph.
 
     Attributes:
+        ring: what formulas are made in.
         meanings: what consumers of a node see.
+        outputs: of nodes with several results, what each of these means.
         sealed: nodes that round (a narrowing cast): their meaning before rounding. Consumers see
             an atom, since what follows happens in the lower precision.
         narrowed: nodes at which a statistic was rounded to a lower precision.
