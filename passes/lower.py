@@ -242,11 +242,9 @@ def _write_state(writing: Writing, state: BatchState) -> None:
     """Buffers beside a composite norm, from its own moments."""
     if not state.updates or not writing.has_moments:
         return
-    found, ring = writing.match, writing.reading.ring
     variance, mean = writing.moments()
-    dims = tuple(() if set(d) & found.over else d for d in writing.layout)
-    one = ring.count(())
-    write_updates(writing, state, {"mean": (mean, one), "variance": (variance, one)}, dims)
+    dims = tuple(() if set(d) & writing.match.over else d for d in writing.layout)
+    write_updates(writing, state, mean, variance, dims)
 
 
 def _replace_value(rewriting: Rewriting, old: fx.Node, new: fx.Node) -> None:
