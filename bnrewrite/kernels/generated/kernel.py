@@ -17,14 +17,22 @@ from .activations import activation
 from .arranged import FLOATING, Order, dtype_of_moments, fits, order_of, order_of_groups
 from .build import NoCompiler, library
 from .columns import columns_source
+from .columns_across import columns_across_source
 from .functions import functions_source
 from .layout import arrange
 from .printing import Source, Unprintable
 from .program import parse
 from .rows import rows_source
+from .rows_across import rows_across_source
 
 logger = logging.getLogger(__name__)
 
+PRINTED = {  # by columns, by means over groups
+    (False, False): rows_source,
+    (True, False): columns_source,
+    (False, True): rows_across_source,
+    (True, True): columns_across_source,
+}
 SMALL = 32768  # elements for which another thread is worth its start
 
 
@@ -115,7 +123,7 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         extents=list(sizes.values()),
         threads=-(-x.numel() // SMALL),
         groups=math.prod(groups),
-        saved=1 if program.about_zero else 2,
+        saved=len(source.moments()) * (2 if program.means else 1),
         orders=tuple(orders),
         kept=order_of_groups(program, layout, sizes),
         single=dtype_of_moments(program, x.dtype, [t.dtype for t in tensors]),
@@ -143,7 +151,7 @@ def compiled_functions(source: Source) -> ctypes.CDLL | None:
 
 def _printed(source: Source) -> str:
     """The functions of a source, and one that tells on which tensors its gradients depend."""
-    body = columns_source(source) if source.layout.columns else rows_source(source)
+    body = PRINTED[bool(source.layout.columns), bool(source.program.means)](source)
     body += f'\nextern "C" const char *firm() {{ return "{" ".join(map(str, source.firm()))}"; }}'
     found = activation(source.program.activation)
     if found is None or found.formula is None:

@@ -254,6 +254,11 @@ inline void merge(double &count, double &mean, double &spread, double n, double 
   count = both;
 }
 
+// What is left of a number where its single precision is subtracted.
+inline acc rounded_off(double value) {
+  return std::isfinite(acc(value)) ? acc(value - double(acc(value))) : acc(0);
+}
+
 inline double larger(double a, double bound) { return a < bound ? bound : a; }
 inline double at_least(double a, double bound) { return a >= bound ? 1.0 : 0.0; }
 inline double inverse_root(double a) { return a == 0 ? 0.0 : 1 / std::sqrt(a); }

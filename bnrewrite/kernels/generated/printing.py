@@ -133,15 +133,16 @@ class Source:
     def used(self) -> list[int]:
         """The tensors that a backward reads: all but those of updates alone."""
         program = self.program
-        values = [program.centre]
-        values += [v for t in (*program.scale, *program.shift) for v in (t.group, t.element)]
+        values = program.of_groups()
+        values += [term.element for term in (*program.scale, *program.shift)]
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
     def firm(self) -> list[int]:
         """The tensors on whose values a gradient depends: a bias is none."""
         program, made = self.program, self.gradients
-        values = [program.centre, made.mean, made.variance, *made.groups.values()]
+        values = [program.centre, made.mean, made.variance, *made.means, *made.groups.values()]
+        values += [mean.value for mean in program.means]
         values += [each.element for each in made.sums]
         values += [value for term in program.scale for value in (term.group, term.element)]
         for slopes in made.inside.values():
@@ -166,10 +167,12 @@ class Source:
 
     def multiplies(self, number: int) -> bool:
         """Whether the scale is a tensor times what is free of it, without a number in front."""
-        if len(self.program.scale) != 1:
+        symbol = self.program.symbol(number)
+        averaged = any(symbol in mean.value.free_symbols for mean in self.program.means)
+        if len(self.program.scale) != 1 or averaged:
             return False
         (term,) = self.program.scale
-        symbol, scale = self.program.symbol(number), term.group * term.element
+        scale = term.group * term.element
         coefficient, rest = (scale / symbol).as_coeff_Mul()
         return bool(coefficient == 1) and symbol not in rest.free_symbols
 
@@ -289,13 +292,20 @@ class Source:
 
     def statistics(self, index: str, count: str) -> list[str]:
         """M and V of a group from what was saved."""
-        if self.program.about_zero:
-            return [f"const double V = moments[{index}], M = 0;"]
-        return [f"const double M = moments[{index}], V = moments[{count} + {index}];"]
+        kept = self.moments(count)
+        lines = ["const double M = 0;"] if self.program.about_zero else []
+        for name, at in kept:
+            rest = f" + double(moments[{count} * {len(kept)} + {at}{index}])"
+            value = f"moments[{at}{index}]{rest if self.program.means else ''}"
+            lines.append(f"const double {name} = {value};")
+        return lines
+
+    def moments(self, count: str = "groups") -> list[tuple[str, str]]:
+        """The moments that are saved, and where those of the first group lie."""
+        return [("V", "")] if self.program.about_zero else [("M", ""), ("V", f"{count} + ")]
 
     def stopped(self) -> list[str]:
         """The moments through which no gradient flows are the moments."""
-        used = {s for t in (*self.program.scale, *self.program.shift) for s in t.group.free_symbols}
-        used |= self.program.centre.free_symbols
+        used = {s for value in self.program.of_groups() for s in value.free_symbols}
         used |= {s for u in self.program.updates for s in u.free_symbols}
         return [f"const double {a} = {b};" for a, b in ((Ms, M), (Vs, V)) if a in used]

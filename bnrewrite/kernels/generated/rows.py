@@ -26,11 +26,11 @@ from .printing import Source
 
 def rows_source(source: Source) -> str:
     """The functions ``forward`` and ``backward``."""
-    rows = _Rows(source)
+    rows = Rows(source)
     return "\n".join([*_forward(rows), "", *_backward(rows)])
 
 
-class _Rows:
+class Rows:
     """The loops, and where the tensors are read: for each group, each row, or each element."""
 
     def __init__(self, source: Source) -> None:
@@ -45,7 +45,7 @@ class _Rows:
         self.element = Element(source, "at + j", source.affine())
 
     def head(self) -> list[str]:
-        """The lengths, and how many rows ahead of a first pass memory is asked for."""
+        """The lengths, and how many rows ahead memory is asked for."""
         groups = " * ".join([f"n{i}" for i in self.source.layout.kept]) or "1"
         outer = " * ".join([f"n{i}" for i in self.reduced]) or "1"
         return [
@@ -112,6 +112,7 @@ class _Rows:
         """A loop over the elements of a group."""
         return self.each_row(
             [
+                *self.lead(),
                 *self.row_tensors(),
                 "each_again(length, [&](auto tag, int64_t j) {",
                 "  using V = decltype(tag);",
@@ -144,7 +145,7 @@ class _Rows:
         ]
 
 
-def _forward(rows: _Rows) -> list[str]:
+def _forward(rows: Rows) -> list[str]:
     source = rows.source
     return [
         source.signature("forward", source.forward_arguments(), ["y"]),
@@ -154,7 +155,7 @@ def _forward(rows: _Rows) -> list[str]:
         *indented(
             [
                 *rows.group(),
-                *_moments(rows),
+                *measured(rows),
                 *source.stopped(),
                 *group_tensors(source, rows.of_group, rows.of_group),
                 *source.coefficients(),
@@ -169,7 +170,8 @@ def _forward(rows: _Rows) -> list[str]:
     ]
 
 
-def _moments(rows: _Rows) -> list[str]:
+def measured(rows: Rows) -> list[str]:
+    """M and V of a group, kept for the backward."""
     zero = rows.source.program.about_zero
     first = [
         "acc pivot = load<acc>(x + base);",
@@ -208,7 +210,7 @@ def _moments(rows: _Rows) -> list[str]:
     ]
 
 
-def _backward(rows: _Rows) -> list[str]:
+def _backward(rows: Rows) -> list[str]:
     source, element = rows.source, rows.element
     free = source.free()
     sums = Sums(source, rows.of_element, rows.of_row)
@@ -228,7 +230,7 @@ def _backward(rows: _Rows) -> list[str]:
     flush += [f"k{i}[group * outer + row] = {text};" for i, text in by_row.items()]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
-        *(element.fetched("x", "dy") if rows.reduced else []),
+        *(element.fetched("x", "dy") if rows.reduced or source.program.activation else []),
         *rows.element_tensors(),
         *element.backward(),
         *adds,
@@ -271,7 +273,7 @@ def _backward(rows: _Rows) -> list[str]:
         *indented(group, 6),
         "    }",
         "  }",
-        *_scattered(rows, of_group, list(by_row), of_element),
+        *scattered(rows, of_group, list(by_row), of_element),
         "}",
     ]
 
@@ -289,8 +291,8 @@ def _passed_on(of_element: list[int]) -> list[str]:
     return [*lines, "  waiting = 0;", "}"]
 
 
-def _scattered(
-    rows: _Rows, of_group: list[int], by_row: list[int], of_element: list[int]
+def scattered(
+    rows: Rows, of_group: list[int], by_row: list[int], of_element: list[int]
 ) -> list[str]:
     """What groups, their rows, and threads add to tensors."""
     source = rows.source
