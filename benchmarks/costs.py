@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 
 from benchmarks.cost_cases import EXPONENTS, Case, cases
-from benchmarks.measure import Clock, interleaved, machine
+from benchmarks.measure import CLOCKS, Clock, interleaved, machine, origin
 from benchmarks.tables import RESULTS, markdown
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
@@ -37,7 +37,6 @@ from bnrewrite.kernels import why_no_kernels, why_no_triton
 from bnrewrite.options import Options
 from bnrewrite.passes.cost_table import LOWERINGS, Table, fastest, name_of_file
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 PACKAGE = Path(__file__).parents[1] / "passes"
 
 Times = dict[str, float]
@@ -195,9 +194,9 @@ def people(table: Table, about: Mapping[str, Any]) -> str:
             )
         rows.append([key, *cells])
     return (
-        f"Measured with `{about['command']}` on {about['device']}, {about['threads']} threads, "
-        f"torch {about['torch']}, {about['date']}. Microseconds of a norm by the number of its "
-        f"elements: {' / '.join(LOWERINGS)}. In bold what is taken, if it may be.\n\n"
+        f"Measured with `{about['command']}` on {origin(about)}, {about['date']}. "
+        f"Microseconds of a norm by the number of its elements: {' / '.join(LOWERINGS)}. "
+        "In bold what is taken, if it may be.\n\n"
         + markdown(["norm, layout, dtype, mode", *(f"{size:,}" for size in table.sizes)], rows)
         + "\n"
     )

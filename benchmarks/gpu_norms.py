@@ -32,13 +32,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import bnrewrite
-from benchmarks.measure import Timing
-from benchmarks.network_cases import KINDS, Case, cases
+from benchmarks.cases import HAND, NATIVE
+from benchmarks.measure import Timing, training_step
+from benchmarks.network_cases import COMPILED, Case, cases
 from benchmarks.tables import RESULTS, Results
+from bnrewrite.errors import first_line, with_its_name
 
-HAND, NATIVE = KINDS
 OURS, COPY = "generated", "copy"
-COMPILED = {HAND: "compiled hand-written", NATIVE: "compiled native"}
 GRAPHS = {OURS: "generated, graph", NATIVE: "native, graph"}
 PEERS = (HAND, NATIVE, *COMPILED.values(), "liger", OURS, *GRAPHS.values(), COPY)
 BUDGET = 400  # seconds, after which no further case is begun
@@ -169,7 +169,7 @@ def operators_are_wrong() -> list[str]:
         for mine, eager in zip(*reversed(values), strict=True):
             torch.testing.assert_close(mine, eager)
     except AssertionError as error:
-        told.append(f"inside torch.compile: {str(error).splitlines()[0]}")
+        told.append(f"inside torch.compile: {first_line(error)}")
     return told
 
 
@@ -188,7 +188,9 @@ def measured(case: Case, rounds: int) -> Result:
     liger = case.liger(models[NATIVE])
     if liger is not None:
         candidates["liger"] = liger
-    steps = {name: _step(model, inputs, cotangent) for name, model in candidates.items()}
+    steps: dict[str, Step] = {
+        name: training_step(model, inputs, cotangent) for name, model in candidates.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compilers tell how they might be made faster
         failing = []
@@ -198,7 +200,7 @@ def measured(case: Case, rounds: int) -> Result:
                     step()
             except Exception as error:  # one peer that fails must not hide the others
                 failing.append(name)
-                wrong.append(f"{name} fails: {str(error).splitlines()[0][:120]}")
+                wrong.append(f"{name} fails: {with_its_name(error, 120)}")
     steps = {name: step for name, step in steps.items() if name not in failing}
     for name, told in GRAPHS.items():
         if name in steps:
@@ -233,11 +235,6 @@ def _wrong(hand: nn.Module, ours: nn.Module, inputs: Sequence[Tensor]) -> tuple[
     if lowering != "generated":
         wrong.append(f"the lowerings are {lowering!r}")
     return wrong, lowering
-
-
-def _step(model: nn.Module, inputs: Sequence[Tensor], cotangent: Tensor) -> Step:
-    wanted = [*inputs, *model.parameters()]
-    return lambda: torch.autograd.grad(model(*inputs), wanted, cotangent)
 
 
 def _graph(step: Step, inputs: Sequence[Tensor], model: nn.Module) -> tuple[Step, bool]:

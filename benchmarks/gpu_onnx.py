@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 import bnrewrite
 from benchmarks.measure import interleaved, machine
 from benchmarks.onnx_models import Pair, pairs
+from bnrewrite.errors import with_its_name
 from bnrewrite.onnx import SessionError
 from bnrewrite.onnx.translate import quiet
 
@@ -62,10 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         console.print("torch sees no GPU here: nothing was checked")
         return 0
+    chosen = pairs(options.only)
+    if not chosen:
+        parser.error(f"{options.only!r} is in none of {[pair.name for pair in pairs()]}")
     start = time.monotonic()
     wrong = _tests(console)
     lines: list[Line] = []
-    for pair in pairs(options.only):
+    for pair in chosen:
         for dtype in DTYPES:
             if time.monotonic() - start > BUDGET:
                 console.print(f"left out for want of time: {pair.name}, {dtype}")
@@ -94,8 +98,7 @@ def _line(pair: Pair, dtype: torch.dtype, rounds: int) -> Line:
     try:
         return _measured(pair, dtype, name, rounds)
     except Exception as error:  # one model that fails must not hide the others
-        text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return Line(pair.name, name, "", "", "", "", text)
+        return Line(pair.name, name, "", "", "", "", with_its_name(error))
 
 
 def _measured(pair: Pair, dtype: torch.dtype, name: str, rounds: int) -> Line:
@@ -127,11 +130,11 @@ def _measured(pair: Pair, dtype: torch.dtype, name: str, rounds: int) -> Line:
         error=f"{max(check.optimized for check in checks):.1e}",
         milliseconds=" ".join(f"{each} {1e3 * t.median:.3f}" for each, t in timings.items()),
         over_native=ratio,
-        wrong="; ".join(told) or _wrong_places(files["bnrewrite"].name, calls, arguments),
+        wrong="; ".join(told) or _wrong_places(files["bnrewrite"].name, calls),
     )
 
 
-def _wrong_places(name: str, calls: dict[str, Any], arguments: dict[str, Any]) -> str:
+def _wrong_places(name: str, calls: dict[str, Any]) -> str:
     """Outputs must be on the GPU."""
     call = calls["bnrewrite"]
     if call is None:

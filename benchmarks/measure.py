@@ -1,13 +1,32 @@
-"""What the benchmarks share: `bnrewrite.measuring`, and what one should know of the machine."""
+"""What the benchmarks share: `bnrewrite.measuring`, a training step, clocks, and the machine."""
 
 import platform
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from bnrewrite.measuring import Clock, Timing, interleaved, saved_bytes, synchronize
 
-__all__ = ["Clock", "Timing", "interleaved", "machine", "saved_bytes", "synchronize"]
+__all__ = [
+    "CLOCKS", "Clock", "Timing", "interleaved", "machine", "origin", "saved_bytes", "synchronize",
+    "training_step",
+]  # fmt: skip
+
+# process: of a CPU that is shared, with one thread; it stands still while other processes run
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
+
+
+def training_step(
+    model: nn.Module, inputs: Sequence[Tensor], cotangent: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of a model forward and backward: the gradients of its inputs and parameters."""
+    wanted = [*inputs, *model.parameters()]
+    # grad, not backward(): adding to .grad is the same work for all peers and would hide ratios
+    return lambda: torch.autograd.grad(model(*inputs), wanted, cotangent)
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
@@ -21,6 +40,12 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "command": "python -m " + " ".join([_module_name(), *sys.argv[1:]]),
     }
+
+
+def origin(where: Mapping[str, Any]) -> str:
+    """Where numbers come from, in a line: what `machine` found."""
+    threads = f"{where['threads']} thread{'' if where['threads'] == 1 else 's'}"
+    return f"{where['device']}, {threads}, torch {where['torch']}"
 
 
 def _processor() -> str:

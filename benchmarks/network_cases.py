@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import hand_written
+from benchmarks.cases import HAND, LAYOUTS, NATIVE
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = ("hand-written", "native")
+COMPILED = {HAND: f"compiled {HAND}", NATIVE: f"compiled {NATIVE}"}
 
 
 class Residual(nn.Module):
@@ -178,10 +178,10 @@ class Case:
     def models(self, device: str) -> dict[str, nn.Module]:
         """By hand and native, with equal parameters."""
         made = {}
-        for name, make in zip(KINDS, (self.norm.hand, self.norm.native), strict=True):
+        for name, make in ((HAND, self.norm.hand), (NATIVE, self.norm.native)):
             made[name] = make(self.channels).to(device, DTYPES[self.dtype]).train()
         torch.manual_seed(0)
-        for parameter in made[KINDS[0]].parameters():
+        for parameter in made[HAND].parameters():
             parameter.data.normal_(1.0, 0.25)
         if self.norm.equal:
             for parameters in zip(*(model.parameters() for model in made.values()), strict=True):

@@ -11,7 +11,6 @@ many bytes as the step must move, as many of them into new tensors as it has res
 
 import argparse
 import copy
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,15 +23,22 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import bnrewrite
-from benchmarks.measure import Clock, interleaved, machine, saved_bytes
-from benchmarks.network_cases import DTYPES, KINDS, Case, cases
+from benchmarks import plots
+from benchmarks.cases import HAND, NATIVE, OPTIMISED
+from benchmarks.measure import (
+    CLOCKS,
+    Clock,
+    interleaved,
+    machine,
+    origin,
+    saved_bytes,
+    training_step,
+)
+from benchmarks.network_cases import COMPILED, DTYPES, Case, cases
 from benchmarks.tables import RESULTS, Results
 
-HAND, NATIVE = KINDS
-OURS, LIMIT = "optimised", "copies"
-COMPILED = {HAND: "compiled hand-written", NATIVE: "compiled native"}
-PEERS = (HAND, NATIVE, *COMPILED.values(), OURS, LIMIT)
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
+LIMIT = "copies"
+PEERS = (HAND, NATIVE, *COMPILED.values(), OPTIMISED, LIMIT)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     table.write(options.output)
     _plot(results, options.output)
     for text in summary(results):
-        console.print(text)
+        console.print(text, soft_wrap=True)
     return results
 
 
@@ -90,9 +96,9 @@ def measure(case: Case, rounds: int, clock: Clock, *, compiled: bool = False) ->
     *inputs, cotangent = case.tensors("cpu")
     for x in inputs:
         x.requires_grad_()
-    peers = {**models, OURS: bnrewrite.optimize(copy.deepcopy(models[HAND]), backend="eager")}
+    peers = {**models, OPTIMISED: bnrewrite.optimize(copy.deepcopy(models[HAND]), backend="eager")}
     few = [x.detach()[:2].clone(memory_format=torch.preserve_format) for x in inputs]
-    found = bnrewrite.verify(models[HAND], copy.deepcopy(peers[OURS]), *few, steps=2)
+    found = bnrewrite.verify(models[HAND], copy.deepcopy(peers[OPTIMISED]), *few, steps=2)
     assert found.ok, f"{case}: {found}"
     report = bnrewrite.explain(models[HAND], *inputs)
     torch.compiler.reset()  # else the size that was checked makes the next one dynamic
@@ -101,7 +107,7 @@ def measure(case: Case, rounds: int, clock: Clock, *, compiled: bool = False) ->
             peers[told] = copy.deepcopy(models[name])
             peers[told].compile(dynamic=False)
     calls: dict[str, Callable[[], object]] = {
-        name: _step(model, inputs, cotangent) for name, model in peers.items()
+        name: training_step(model, inputs, cotangent) for name, model in peers.items()
     }
     calls[LIMIT] = copies(inputs[0].detach(), case.norm.passes, case.norm.results)
     timings = interleaved(calls, rounds=rounds, clock=clock)
@@ -114,10 +120,14 @@ def measure(case: Case, rounds: int, clock: Clock, *, compiled: bool = False) ->
         megabytes=case.norm.passes * cotangent.nbytes / 1e6,
         milliseconds={name: timing.median * 1e3 for name, timing in timings.items()},
         spread={name: timing.spread for name, timing in timings.items()},
-        over={name: timings[OURS].ratio(each) for name, each in timings.items() if name != OURS},
+        over={
+            name: timings[OPTIMISED].ratio(each)
+            for name, each in timings.items()
+            if name != OPTIMISED
+        },
         saved={
             name: saved_bytes(_forward(peers[name], inputs), peers[name].parameters())
-            for name in (HAND, NATIVE, OURS)
+            for name in (HAND, NATIVE, OPTIMISED)
         },
         lowerings=dict(Counter(site.lowering or "left" for site in report.sites)),
     )
@@ -144,23 +154,16 @@ def _forward(model: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], Tensor]
     return lambda: model(*inputs)
 
 
-def _step(
-    model: nn.Module, inputs: Sequence[Tensor], cotangent: Tensor
-) -> Callable[[], tuple[Tensor, ...]]:
-    wanted = [*inputs, *model.parameters()]
-    return lambda: torch.autograd.grad(model(*inputs), wanted, cotangent)
-
-
 def tabulated(results: Sequence[Result]) -> Results:
     """The table, and what its files say."""
     peers = [peer for peer in PEERS if any(peer in each.milliseconds for each in results)]
-    others = [peer for peer in peers if peer != OURS]
+    others = [peer for peer in peers if peer != OPTIMISED]
     return Results(
         name="network_norms",
         headings=(
             "norm", "shape", "layout", "dtype", *(f"{peer} ms" for peer in peers),
             *(f"optimised / {peer}" for peer in others),
-            f"MiB saved for backward ({HAND} / {NATIVE} / {OURS})", "lowering",
+            f"MiB saved for backward ({HAND} / {NATIVE} / {OPTIMISED})", "lowering",
         ),
         rows=[_cells(result, peers, others) for result in results],
         records=[asdict(result) for result in results],
@@ -194,46 +197,27 @@ def summary(results: Sequence[Result]) -> list[str]:
 
 
 def _plot(results: Sequence[Result], folder: Path) -> None:
-    import matplotlib as mpl  # here: only the plots need it, and its import takes a second
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    device = f"{machine()['device']}, {torch.get_num_threads()} threads"
-    labels = [f"{each.norm}, {each.shape}, {each.layout}" for each in results]
-    rows = range(len(results))
-    figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(results) + 1.5), layout="constrained")
-    peers = [p for p in (HAND, COMPILED[HAND], OURS) if p in results[0].milliseconds]
-    for place, peer in enumerate(peers):
-        height = 0.8 / len(peers)
-        ratios = [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
-        offset = (place - (len(peers) - 1) / 2) * height
-        axes.barh([row + offset for row in rows], [ratio - 1 for ratio in ratios], left=1,
-                  height=height, label=peer)  # fmt: skip
-    axes.axvline(1.0, color="black", linewidth=1, label="native = 1")
-    axes.set_xscale("log")
-    axes.set_yticks(rows, labels, fontsize=8)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("time of a training step relative to the native module (less is faster)")
-    axes.set_title(device, fontsize=9)
-    axes.legend()
-    figure.savefig(folder / "network_norms.png", dpi=110)
-    pyplot.close(figure)
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for peer, marker in ((HAND, "x"), (NATIVE, "^"), (OURS, "o"), (LIMIT, "_")):
-        found = [each for each in results if each.equal or peer != NATIVE]
-        speeds = [each.megabytes / each.milliseconds[peer] for each in found]  # MB / ms = GB / s
-        axes.scatter([each.megabytes for each in found], speeds, marker=marker, label=peer)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("MB that a training step must move")
-    axes.set_ylabel("GB/s, of these bytes (more is faster)")
-    axes.set_title(device, fontsize=9)
-    axes.legend()
-    figure.savefig(folder / "network_roofline.png", dpi=110)
-    pyplot.close(figure)
+    device = origin(machine())
+    plots.bars(
+        folder / "network_norms.png",
+        [f"{each.norm}, {each.shape}, {each.layout}" for each in results],
+        {
+            peer: [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
+            for peer in (HAND, COMPILED[HAND], OPTIMISED)
+            if peer in results[0].milliseconds
+        },
+        quantity="time of a training step",
+        title=device,
+    )
+    with plots.plot(folder / "network_roofline.png", (8, 5), device) as axes:
+        for peer, marker in ((HAND, "x"), (NATIVE, "^"), (OPTIMISED, "o"), (LIMIT, "_")):
+            found = [each for each in results if each.equal or peer != NATIVE]
+            speeds = [each.megabytes / each.milliseconds[peer] for each in found]  # MB/ms = GB/s
+            axes.scatter([each.megabytes for each in found], speeds, marker=marker, label=peer)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("MB that a training step must move")
+        axes.set_ylabel("GB/s, of these bytes (more is faster)")
 
 
 if __name__ == "__main__":

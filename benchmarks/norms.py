@@ -8,7 +8,6 @@ bytes kept for the backward) and in evaluation (forward only).
 """
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,11 +19,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import bnrewrite
+from benchmarks import plots
 from benchmarks.cases import HAND, NATIVE, OPTIMISED, PEERS, Case, cases
-from benchmarks.measure import Clock, interleaved, machine, saved_bytes
+from benchmarks.measure import CLOCKS, Clock, interleaved, machine, saved_bytes, training_step
 from benchmarks.tables import RESULTS, Results
-
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def measure(case: Case, *, rounds: int, device: str, clock: Clock) -> Result:
     with torch.set_grad_enabled(case.training):
         report = bnrewrite.explain(peers[HAND], x.requires_grad_(case.training))
         calls = {
-            name: _training_step(peer, x, cotangent) if case.training else _forward(peer, x)
+            name: training_step(peer, [x], cotangent) if case.training else _forward(peer, x)
             for name, peer in peers.items()
         }
         timings = interleaved(calls, rounds=rounds, device=device, clock=clock)
@@ -112,12 +110,6 @@ def measure(case: Case, *, rounds: int, device: str, clock: Clock) -> Result:
 
 def _forward(peer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: peer(x)
-
-
-def _training_step(peer: nn.Module, x: Tensor, cotangent: Tensor) -> Callable[[], object]:
-    inputs = (x, *peer.parameters())
-    # grad, not backward(): adding to .grad is the same work for all peers and would hide ratios
-    return lambda: torch.autograd.grad(peer(x), inputs, cotangent)
 
 
 HEADINGS = (
@@ -149,28 +141,12 @@ def _cells(result: Result) -> list[str]:
 
 
 def _plot(results: list[Result], path: Path, device: str) -> None:
-    import matplotlib as mpl  # here: only the plot needs it, and its import takes a second
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    ratios = {
+        peer: [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
+        for peer in (HAND, OPTIMISED)
+    }
     labels = [f"{each.norm}, {each.size}, {each.layout}, {each.mode}" for each in results]
-    rows = range(len(results))
-    figure, axes = pyplot.subplots(figsize=(10, 0.3 * len(results) + 1.5), layout="constrained")
-    for offset, peer in zip((-0.2, 0.2), (HAND, OPTIMISED), strict=True):
-        ratios = [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
-        widths = [ratio - 1 for ratio in ratios]
-        axes.barh([row + offset for row in rows], widths, left=1, height=0.38, label=peer)
-    axes.axvline(1.0, color="black", linewidth=1, label="native = 1")
-    axes.set_xscale("log")
-    axes.set_yticks(rows, labels, fontsize=8)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("time relative to the native module (less is faster)")
-    axes.set_title(device, fontsize=9)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plots.bars(path, labels, ratios, quantity="time", title=device)
 
 
 if __name__ == "__main__":

@@ -28,17 +28,12 @@ class Pair:
     input_names: tuple[str, ...]
 
 
-class Bottleneck(nn.Module):
-    """ResNet's: 1x1, 3x3, 1x1 convolutions with a norm behind each, and a shortcut."""
+class Block(nn.Module):
+    """ResNet's: the sum of a body and of a shortcut, through a ReLU."""
 
-    def __init__(self, before: int, inner: int, stride: int, norm: Norm) -> None:
+    def __init__(self, body: nn.Module, before: int, after: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        after = 4 * inner
-        self.body = nn.Sequential(
-            nn.Conv2d(before, inner, 1, bias=False), norm(inner), nn.ReLU(),
-            nn.Conv2d(inner, inner, 3, stride, 1, bias=False), norm(inner), nn.ReLU(),
-            nn.Conv2d(inner, after, 1, bias=False), norm(after),
-        )  # fmt: skip
+        self.body = body
         same = stride == 1 and before == after
         strided = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
         self.shortcut: nn.Module = nn.Identity() if same else strided
@@ -46,6 +41,19 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.body(x) + self.shortcut(x)
         return functional.relu(y)
+
+
+class Bottleneck(Block):
+    """1x1, 3x3, 1x1 convolutions with a norm behind each."""
+
+    def __init__(self, before: int, inner: int, stride: int, norm: Norm) -> None:
+        after = 4 * inner
+        body = nn.Sequential(
+            nn.Conv2d(before, inner, 1, bias=False), norm(inner), nn.ReLU(),
+            nn.Conv2d(inner, inner, 3, stride, 1, bias=False), norm(inner), nn.ReLU(),
+            nn.Conv2d(inner, after, 1, bias=False), norm(after),
+        )  # fmt: skip
+        super().__init__(body, before, after, stride, norm)
 
 
 def resnet50(norm: Norm, width: int = 16) -> nn.Module:

@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.progress import track
 
 import bnrewrite
-from benchmarks.measure import interleaved
-from benchmarks.norms import CLOCKS
+from benchmarks.measure import CLOCKS, Clock, interleaved
 from benchmarks.onnx_models import Pair, pairs
 from benchmarks.tables import RESULTS, Results
 from bnrewrite.onnx.translate import quiet
@@ -104,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     return results
 
 
-def measure(pair: Pair, rounds: int, clock: Callable[[], float]) -> list[Result]:
+def measure(pair: Pair, rounds: int, clock: Clock) -> list[Result]:
     """All files of a model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

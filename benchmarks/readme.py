@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import PEERS
+from benchmarks.measure import origin
 from benchmarks.tables import RESULTS, markdown
 
 README = Path(__file__).parents[1] / "README.md"
@@ -29,7 +30,7 @@ HEADINGS = (
 
 
 def main() -> None:
-    """Replace what stands between the two marks."""
+    """Replace what stands between the marks."""
     text = README.read_text(encoding="utf-8")
     README.write_text(with_table(text), encoding="utf-8")
 
@@ -38,7 +39,7 @@ def with_table(text: str) -> str:
     """The README's text with the tables that belong there now.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: a mark is missing.
     """
     text = _between(text, START, END, _measured())
     return _between(text, ONNX_START, ONNX_END, _exported())
@@ -54,15 +55,14 @@ def _between(text: str, begin: str, finish: str, table: str) -> str:
 
 def _measured() -> str:
     record = json.loads((RESULTS / "norms.json").read_text(encoding="utf-8"))
-    where = record["machine"]
     sizes: dict[str, str] = {}
     rows = []
     for result in record["results"]:
         first = sizes.setdefault(result["norm"], result["size"])
         if result["mode"] == "train" and result["size"] == first:
             rows.append(_row(result))
-    origin = f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
-    return f"{markdown(HEADINGS, rows)}\n\n{origin}; `make benchmark` measures it again."
+    where = origin(record["machine"])
+    return f"{markdown(HEADINGS, rows)}\n\n{where}; `make benchmark` measures it again."
 
 
 def _exported() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, origin
 
 WIDTH = 200  # columns, where there is no terminal to ask
 RESULTS = Path(__file__).parent / "results"
@@ -42,8 +42,7 @@ class Results:
         text = json.dumps(record, indent=1) + "\n"
         (folder / f"{self.name}.json").write_text(text, encoding="utf-8")
         lines = [
-            f"Measured with `{where['command']}` on {where['device']}, "
-            f"{where['threads']} threads, torch {where['torch']}. {self.remark}",
+            f"Measured with `{where['command']}` on {origin(where)}. {self.remark}",
             "",
             markdown(self.headings, self.rows),
         ]

@@ -9,7 +9,6 @@ images; weights are random.
 
 import argparse
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,34 +17,24 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional
 
 import bnrewrite
 from benchmarks import hand_written
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
-from benchmarks.measure import Clock, interleaved, saved_bytes
-from benchmarks.onnx_models import Norm, unet
+from benchmarks.measure import CLOCKS, Clock, interleaved, saved_bytes
+from benchmarks.onnx_models import Block, Norm, unet
 from benchmarks.tables import RESULTS, Results
 
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}
 
-
-class BasicBlock(nn.Module):
-    """ResNet-18's: two 3x3 convolutions with a norm behind each, and a shortcut."""
+class BasicBlock(Block):
+    """ResNet-18's: two 3x3 convolutions with a norm behind each."""
 
     def __init__(self, before: int, after: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
+        body = nn.Sequential(
             nn.Conv2d(before, after, 3, stride, 1, bias=False), norm(after), nn.ReLU(),
             nn.Conv2d(after, after, 3, 1, 1, bias=False), norm(after),
         )  # fmt: skip
-        same = stride == 1 and before == after
-        strided = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), norm(after))
-        self.shortcut: nn.Module = nn.Identity() if same else strided
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.body(x) + self.shortcut(x)
-        return functional.relu(y)
+        super().__init__(body, before, after, stride, norm)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -68,12 +57,12 @@ class ConvNeXtBlock(nn.Module):
 
 def resnet18(norm: Norm) -> nn.Module:
     """20 batch norms, on 64 to 512 channels."""
-    blocks = [
-        BasicBlock(64 if stage == 0 else 32 * 2**stage * (2 if block else 1), 64 * 2**stage,
-                   2 if stage and not block else 1, norm)
-        for stage in range(4)
-        for block in range(2)
-    ]  # fmt: skip
+    blocks: list[nn.Module] = []
+    before = 64
+    for stage in range(4):
+        for stride in (2 if stage else 1, 1):
+            blocks.append(BasicBlock(before, 64 * 2**stage, stride, norm))
+            before = 64 * 2**stage
     stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU())
     pool, flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), *blocks, pool, flat, nn.Linear(512, 10))

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from bnrewrite.commands import COMMANDS, Failure
+from bnrewrite.errors import with_its_name
 from bnrewrite.subject import parsed_input
 
 DONE, DIFFERENT, WRONG_USAGE, FAILED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -34,6 +35,7 @@ _EPILOGUE = "exit codes: " + "; ".join(
         "2 the command line is wrong",
         "3 the model does not load, run or export",
         "130 interrupted",
+        "143 told to end",
     )
 )
 
@@ -61,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # of the user's model, or of a file
         if given.traceback:
             traceback.print_exc()
-        lines = str(error).strip().splitlines()
-        _tell(errors, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+        _tell(errors, with_its_name(error))
         return FAILED
 
 

@@ -14,6 +14,27 @@ from torch import fx
 
 from .rewriting import Rewriting
 
+# A view is bound to the strides that were traced; a replacement may have others.
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class Cleanup:
+    """Dead code elimination and fx's own checks."""
+
+    name: str = "cleanup"
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Change the graph in place and recompile it."""
+        for node in rewriting.graph.nodes:
+            if node.target in VIEWS:
+                node.target = torch.ops.aten.reshape.default
+            elif node.target is torch.ops.aten.copy.default:
+                _differentiate_copy(node)
+        rewriting.graph.eliminate_dead_code()
+        rewriting.graph.lint()
+        rewriting.canonical.module.recompile()
+
 
 def _differentiate_copy(node: fx.Node) -> None:
     """``copy(target, source)`` has no derivative; the source in the target's shape has one.
@@ -36,25 +57,3 @@ def _differentiate_copy(node: fx.Node) -> None:
 def _format(value: torch.Tensor) -> torch.memory_format:
     dense = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if dense and not value.is_contiguous() else torch.contiguous_format
-
-
-# A view is bound to the strides that were traced; a replacement may have others.
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-
-
-@dataclass(frozen=True)
-class Cleanup:
-    """Dead code elimination and fx's own checks."""
-
-    name: str = "cleanup"
-
-    def run(self, rewriting: Rewriting) -> None:
-        """Change the graph in place and recompile it."""
-        for node in rewriting.graph.nodes:
-            if node.target in VIEWS:
-                node.target = torch.ops.aten.reshape.default
-            elif node.target is torch.ops.aten.copy.default:
-                _differentiate_copy(node)
-        rewriting.graph.eliminate_dead_code()
-        rewriting.graph.lint()
-        rewriting.canonical.module.recompile()

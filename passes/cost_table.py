@@ -26,7 +26,6 @@ from .nodes import current
 # The first that is within a tie of the fastest is taken: what keeps less memory and more digits.
 LOWERINGS = ("generated", "native", "composite")
 TIE = 1.1
-LAYOUTS = ("rows", "columns", "apart")
 MODES = {True: "training", False: "evaluation"}
 # Kinds that are another one's operator of PyTorch.
 FAMILIES = {"instance_norm": "group_norm", "weight_standardization": "layer_norm"}
@@ -115,8 +114,7 @@ def table_of(device: str) -> Table | None:
 
 def fastest(times: Mapping[str, float], allowed: Collection[str]) -> str | None:
     """The lowering to take of those that may be taken; None where none of them was measured."""
-    known = {lowering: times[lowering] for lowering in LOWERINGS if lowering in times}
-    known = {lowering: time for lowering, time in known.items() if lowering in allowed}
+    known = {each: times[each] for each in LOWERINGS if each in times and each in allowed}
     limit = TIE * min(known.values(), default=0)
     return next((lowering for lowering, time in known.items() if time <= limit), None)
 

@@ -53,8 +53,9 @@ def choice(reading: Reading, found: Match, *, native: bool, kernel: bool) -> str
         kernel: a kernel may be taken, if it is not too small.
 
     Returns:
-        None where nothing was measured. Then a CPU takes a kernel where it may, a GPU does not, and
-        an operator of PyTorch comes before moments and a multiply-add.
+        Without measured times "generated", where a kernel may be taken on a CPU; else None. Also
+        None where composite is the fastest of what was measured, and an operator that may be taken
+        was not. For None an operator of PyTorch comes before moments and a multiply-add.
     """
     device = found.linear.source.meta["val"].device.type
     table, work = table_of(device), work_of(reading, found)

@@ -13,11 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading, further
 from bnrewrite.algebra.calls import is_tensor, shape_of
+from bnrewrite.gradients import in_grad_mode
 from bnrewrite.kernels import may_follow_residual
 
 from .nodes import aten
@@ -44,31 +44,23 @@ class TakeEpilogues:
 
     def run(self, rewriting: Rewriting) -> None:
         """Fill in the epilogues of decisions."""
-        reading, stopped = rewriting.reading, _without_gradients(rewriting)
+        if not rewriting.decisions:
+            return
+        reading, begin = rewriting.reading, rewriting.canonical.grad_enabled
+        assert reading is not None
+        stopped = {node for node, grad in in_grad_mode(rewriting.graph, begin) if not grad}
         taken: set[fx.Node] = set()  # a sum of two norms goes to the first of them
         for decision in rewriting.decisions:
-            if decision.refusal is None:
-                assert reading is not None
-                whole = _whole(reading, decision.match, stopped)
-                if whole is not None and whole.node not in taken:
-                    decision.whole = whole
-                    taken.add(whole.node)
-                epilogue = _epilogue(decision.whole or decision.match, stopped)
-                if epilogue is not None and epilogue.last not in taken:
-                    decision.epilogue = epilogue
-                    taken.add(epilogue.last)
-
-
-def _without_gradients(rewriting: Rewriting) -> set[fx.Node]:
-    """The nodes that are computed where no gradient is recorded."""
-    found: set[fx.Node] = set()
-    grad = rewriting.canonical.grad_enabled
-    for node in rewriting.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-        elif not grad:
-            found.add(node)
-    return found
+            if decision.refusal is not None:
+                continue
+            whole = _whole(reading, decision.match, stopped)
+            if whole is not None and whole.node not in taken:
+                decision.whole = whole
+                taken.add(whole.node)
+            epilogue = _epilogue(decision.whole or decision.match, stopped)
+            if epilogue is not None and epilogue.last not in taken:
+                decision.epilogue = epilogue
+                taken.add(epilogue.last)
 
 
 def _whole(reading: Reading, found: Match, stopped: set[fx.Node]) -> Match | None:

@@ -21,6 +21,7 @@ from torch import fx
 from bnrewrite.algebra.anchors import elements
 from bnrewrite.algebra.axes import Opaque
 from bnrewrite.algebra.calls import dtype_of, is_tensor, name_of
+from bnrewrite.gradients import GRAD_MODE
 from bnrewrite.kernels.folding import Unfoldable
 from bnrewrite.report.site import REWRITTEN
 
@@ -112,9 +113,8 @@ def _check(joint: Joint) -> None:
         raise Unfoldable(f"its result is {dtypes[0]}, that of the affine {dtypes[1]}")
     if _is_half(node) and joint.rewriting.options.strict:
         raise Unfoldable(f"strict=True leaves a site whose replacement is {_roomier(node)}")
-    modes = torch._C._set_grad_enabled
     if ring.differentiable(joint.linear.x) and (
-        linear.detached or any(each.target is modes for each in node.graph.nodes)
+        linear.detached or any(each.target is GRAD_MODE for each in node.graph.nodes)
     ):
         raise Unfoldable("gradients are switched off for a part of the graph")
 

@@ -20,6 +20,7 @@ from bnrewrite.algebra.calls import dtype_of, name_of
 from bnrewrite.algebra.expression import Function, Polynomial
 from bnrewrite.kernels.folding import Folding, Parts, Unfoldable, folded, folded_parameters
 from bnrewrite.kernels.layout import has_values
+from bnrewrite.walks import reached
 
 from .emitter import Emitter
 from .linear_maps import LinearMap
@@ -206,14 +207,11 @@ def _divisor(reading: Reading, scale: Polynomial) -> Polynomial | None:
 
 def _sizes_of(node: fx.Node) -> set[fx.Node]:
     """The sizes of a tensor, and what is computed from these."""
-    found: set[fx.Node] = set()
-    todo = [user for user in node.users if name_of(user) == "sym_size"]
-    while todo:
-        each = todo.pop()
-        if each not in found:
-            found.add(each)
-            todo += [user for user in each.users if isinstance(user.meta.get("val"), torch.SymInt)]
-    return found
+
+    def numbers(made: fx.Node) -> list[fx.Node]:
+        return [user for user in made.users if isinstance(user.meta.get("val"), torch.SymInt)]
+
+    return set(reached([each for each in node.users if name_of(each) == "sym_size"], numbers))
 
 
 def _behind(before: fx.Node, end: fx.Node) -> list[fx.Node]:

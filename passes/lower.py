@@ -138,7 +138,7 @@ class _Statistics:
 
 def _is_plain(value: Polynomial) -> bool:
     """Whether a value is one tensor as it is: reshaped, cast, not computed with."""
-    return len(value.terms) == 1 and next(iter(value.terms))[0][1] == 1 if value.terms else False
+    return len(value.terms) == 1 and next(iter(value.terms))[0][1] == 1
 
 
 def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> None:
@@ -172,22 +172,17 @@ def _written(
     """The lowering of a decision, or the next best where its formula has no kernel."""
     found = decision.match
     assert rewriting.reading is not None
-    if decision.lowering == "generated":
-        while True:
-            whole = decision.whole or found
-            try:
-                writing = _writing(rewriting, whole, statistics, None)
-                return write_generated(writing, state, decision.epilogue)
-            except (Unwritable, Opaque):
-                state.replaced.clear()
-            if decision.whole is None:
-                break
+    while decision.lowering == "generated":
+        try:
+            writing = _writing(rewriting, decision.whole or found, statistics, None)
+            return write_generated(writing, state, decision.epilogue)
+        except (Unwritable, Opaque):
+            state.replaced.clear()
+            if decision.whole is None or not found.over:
+                decision.lowering = decision.otherwise
+            if not found.over:  # they were of the groups of the kernel
+                state.updates.clear()
             decision.whole = decision.epilogue = None
-            if not found.over:  # there were only the smallest groups
-                break
-        decision.lowering = decision.otherwise
-        if not found.over:
-            state.updates.clear()  # they were of the groups of the kernel
     if decision.lowering == "synchronised":
         check_updates(statistics.made_of.get(found.linear.source, {}), state.updates)
         check_counters(rewriting, found, state.updates)
@@ -255,11 +250,9 @@ def _write_state(writing: Writing, state: BatchState) -> None:
     """Buffers beside a composite norm, from its own moments."""
     if not state.updates or not writing.has_moments:
         return
-    found, ring = writing.match, writing.reading.ring
     variance, mean = writing.moments()
-    dims = tuple(() if set(d) & found.over else d for d in writing.layout)
-    one = ring.count(())
-    write_updates(writing, state, {"mean": (mean, one), "variance": (variance, one)}, dims)
+    dims = tuple(() if set(d) & writing.match.over else d for d in writing.layout)
+    write_updates(writing, state, mean, variance, dims)
 
 
 def _replace_value(rewriting: Rewriting, old: fx.Node, new: fx.Node) -> None:

@@ -1,6 +1,6 @@
 """A named norm as PyTorch's own operation.
 
-Before:  y = any spelling of a norm of the catalogue
+Before:  y = any spelling of a norm with a name
 After:   y = aten.batch_norm / layer_norm / group_norm / rms_norm of x, seen in that op's layout
 Leaves alone: norms that the native op would have to see through two copies and gain nothing.
 

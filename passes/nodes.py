@@ -17,6 +17,7 @@ from torch.fx.experimental import _config as config
 from bnrewrite.algebra.axes import Axis, Dims, Size, axes_of, product, size_of
 from bnrewrite.algebra.expression import Exponent, Number
 from bnrewrite.kernels import KERNELS
+from bnrewrite.walks import computed_from
 
 aten = torch.ops.aten
 Value = fx.Node | float | int
@@ -230,10 +231,4 @@ def plain(value: Number) -> float | int:
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that something is made of: what lowerings left behind goes with ``Cleanup``."""
     *_, output = graph.nodes
-    found, todo = {output}, [output]
-    while todo:
-        for node in todo.pop().all_input_nodes:
-            if node not in found:
-                found.add(node)
-                todo.append(node)
-    return found
+    return set(computed_from([output]))

@@ -108,8 +108,10 @@ def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
         return options.kernels == "generated" and device == "cuda" and may_generate(found)
     if options.stage != "eager" or options.kernels not in ("auto", "generated"):
         return False
-    if not may_generate(found) or options.kernels == "generated":
-        return may_generate(found)
+    if not may_generate(found):
+        return False
+    if options.kernels == "generated":
+        return True
     assert rewriting.reading is not None
     native = has_native(rewriting.reading, found)
     return choice(rewriting.reading, found, native=native, kernel=True) == "generated"

@@ -46,12 +46,16 @@ class Decision:
     """A recognised norm and what becomes of it.
 
     Attributes:
-        lowering: "native", "generated" or "composite" once planned, "fold" once folded.
+        match: the norm.
+        lowering: "native", "generated", "composite" or "synchronised" once planned, "fold" once
+            folded.
         otherwise: what it is where the formula has no kernel.
         whole: the site and what scales and shifts it further, as one formula, for a kernel.
         epilogue: what follows that, which a kernel may compute too.
         refusal: why it stays, where it stays.
+        notes: what the report says besides, as what becomes more accurate.
         state: paths of the buffers that are updated from the site's moments.
+        record: the report's entry, from when it is written.
     """
 
     match: Match

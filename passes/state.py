@@ -19,6 +19,7 @@ from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Dim, Dims, Opaque, align, axes_of, product
 from bnrewrite.algebra.calls import dtype_of, is_tensor, shape_of
 from bnrewrite.algebra.expression import (
+    ONE,
     Number,
     Polynomial,
     Reduction,
@@ -88,34 +89,43 @@ class BatchState:
         found, ring = writing.match, writing.reading.ring
         count = ring.count(found.over)
         bessel = ring.divide(added(count, number(1), -1), count)
-        write_updates(
-            writing, self, {"mean": (mean, number(1)), "variance": (variance, bessel)}, channels
-        )
+        write_updates(writing, self, mean, variance, channels, bessel)
 
 
 def write_updates(
     writing: Writing,
     state: BatchState,
-    given: dict[str, tuple[fx.Node, Polynomial]],
-    channels: Dims,
+    mean: fx.Node,
+    variance: fx.Node,
+    dims: Dims,
+    correction: Polynomial = ONE,
 ) -> None:
-    """New values of buffers from moments along ``channels``."""
+    """New values of buffers.
+
+    Args:
+        writing: of the site.
+        state: its updates, which are written.
+        mean: M along ``dims``.
+        variance: a multiple of V, along these too.
+        dims: of the two.
+        correction: times which it is V.
+    """
     found = writing.match
     ((mean_base, _),) = found.moments.mean.terms.items()
     ((square_base, _),) = found.moments.square.terms.items()
     for update in state.updates:
         emitter = writing.along(update.dims)
         emitter.reusable = None  # the user's own update is what this one replaces
-        mean, variance = (
-            emitter.place(emitter.call(aten.detach.default, node), channels)
-            for node, _ in given.values()
+        first, second = (
+            emitter.place(emitter.call(aten.detach.default, node), dims)
+            for node in (mean, variance)
         )
-        spread = emitter.times(variance, emitter.tensor(given["variance"][1]))
-        emitter.given[mean_base[0][0]] = lambda mean=mean: mean  # type: ignore[misc]
-        emitter.given[square_base[0][0]] = lambda e=emitter, m=mean, v=spread: e.plus(  # type: ignore[misc]
+        spread = emitter.times(second, emitter.tensor(correction))
+        emitter.given[mean_base[0][0]] = lambda m=first: m  # type: ignore[misc]
+        emitter.given[square_base[0][0]] = lambda e=emitter, m=first, v=spread: e.plus(  # type: ignore[misc]
             v, e.power(m, 2)
         )
-        emitter.variances.append((found.moments, lambda spread=spread: spread))  # type: ignore[misc]
+        emitter.variances.append((found.moments, lambda v=spread: v))  # type: ignore[misc]
         value = emitter.tensor(update.value)
         if not isinstance(value, fx.Node):
             raise Unwritable("a buffer that becomes a constant")

@@ -13,6 +13,7 @@ from torch import fx
 from bnrewrite.algebra.calls import is_tensor
 from bnrewrite.algebra.meaning import Reading
 from bnrewrite.kernels import KERNELS
+from bnrewrite.walks import reached
 
 from .rewriting import Rewriting
 
@@ -45,9 +46,7 @@ class Stored:
         return None
 
     def _why(self, node: fx.Node) -> str:
-        todo, seen = [node], {node}
-        while todo:
-            current = todo.pop()
+        for current in reached([node], self._other_inputs):
             if current.op == "placeholder" and (
                 current.meta["parameter"] or current.meta["stored"]
             ):
@@ -55,11 +54,10 @@ class Stored:
                 if current.name in self._updated:
                     return f"the graph itself updates {path}"
                 return f"{path} requires a gradient here"
-            for each in current.all_input_nodes:
-                if each not in self._nodes and each not in seen:
-                    seen.add(each)
-                    todo.append(each)
         return NOT_STORED
+
+    def _other_inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [each for each in node.all_input_nodes if each not in self._nodes]
 
     def _is_given(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
@@ -87,18 +85,8 @@ class Stored:
 
 def leaves_of(outputs: Iterable[fx.Node], inner: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The nodes that these are computed from, with nothing but inner nodes between; in order."""
-    found: set[fx.Node] = set()
-    seen, todo = set(), list(outputs)
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if inner(node):
-            todo += node.all_input_nodes
-        else:
-            found.add(node)
-    return sorted(found)
+    made = reached(outputs, lambda node: node.all_input_nodes if inner(node) else [])
+    return sorted(node for node in made if not inner(node))
 
 
 def extracted(
@@ -118,15 +106,10 @@ def extracted(
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = {"val": node.meta.get("val")}
-    needed: set[fx.Node] = set()
-    todo = [outputs] if isinstance(outputs, fx.Node) else [n for n in outputs if n is not None]
-    while todo:
-        node = todo.pop()
-        if node not in needed and node not in copies:
-            assert inner(node), f"{node} is neither copied nor given"
-            needed.add(node)
-            todo += node.all_input_nodes
-    for node in sorted(needed):
+    ends = [outputs] if isinstance(outputs, fx.Node) else [n for n in outputs if n is not None]
+    needed = reached(ends, lambda node: [] if node in copies else node.all_input_nodes)
+    for node in sorted(node for node in needed if node not in copies):
+        assert inner(node), f"{node} is neither copied nor given"
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(
         fx.map_arg(outputs if isinstance(outputs, fx.Node) else tuple(outputs), copies.get)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from hand_written import Layer
 from torch import Tensor, nn
@@ -60,9 +58,6 @@ class RootMeanSquare(Layer):
         x = hidden.to(torch.float32)
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden.dtype)
-
-
-Change = Callable[["Tracking", Tensor], Tensor]
 
 
 class Tracking(Weighted):

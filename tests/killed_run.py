@@ -18,7 +18,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hand_written import Net
+from processes import join
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -125,13 +125,7 @@ def _fork(run: Callable[[Path], dict[str, Any]], name: str, rank: int, folder: P
     try:
         warnings.simplefilter("ignore", FutureWarning)  # of `broadcast_buffers`, for a later name
         warnings.simplefilter("error", bnrewrite.BnrewriteWarning)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{name}.store",
-            rank=rank,
-            world_size=RANKS,
-            timeout=timedelta(seconds=PATIENCE),
-        )
+        join(folder / f"{name}.store", rank, RANKS, PATIENCE)
         found = json.dumps(run(folder))
         (folder.parent / f"{name}-{rank}.json").write_text(found, "utf-8")
     except BaseException:  # what would leave a forked process has to end it

@@ -45,7 +45,7 @@ def outcomes(module: str, folders: pytest.TempPathFactory) -> dict[tuple[int, st
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            _start(module, folder)
+            start(__file__, module, str(folder))
     found: dict[tuple[int, str], str] = {}
     for path in sorted(folder.glob("*.json")):
         count, rank = path.stem.split("-")
@@ -55,24 +55,33 @@ def outcomes(module: str, folders: pytest.TempPathFactory) -> dict[tuple[int, st
     return found
 
 
-def environment() -> dict[str, str]:
-    """Of a process that starts others on this machine."""
-    return os.environ | {
+def start(*arguments: str, limit: float = LIMIT) -> str:
+    """What a run of Python that starts processes prints; it has to end well, in so many seconds."""
+    environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
-
-
-def _start(module: str, folder: Path) -> None:
     outcome = subprocess.run(
-        [sys.executable, str(TESTS / "processes.py"), module, str(folder)],
-        env=environment(),
+        [sys.executable, *arguments],
+        env=environment,
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=limit,
     )
     assert outcome.returncode == 0, outcome.stderr[-4000:]
+    return outcome.stdout
+
+
+def join(store: Path, rank: int, count: int, patience: float) -> None:
+    """Make this process one of so many that meet in a file and wait for each other."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=patience),
+    )
 
 
 def main(module: str, folder: str) -> int:
@@ -94,13 +103,7 @@ def main(module: str, folder: str) -> int:
 def _run(checks: Checks, count: int, rank: int, folder: Path) -> int:
     """All checks on one rank."""
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{count}.store",
-            rank=rank,
-            world_size=count,
-            timeout=timedelta(seconds=PATIENCE),
-        )
+        join(folder / f"{count}.store", rank, count, PATIENCE)
         found = {}
         for name, check in checks.items():
             torch._dynamo.reset()

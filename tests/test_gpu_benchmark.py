@@ -14,6 +14,8 @@ from torch import nn
 
 import bnrewrite
 from benchmarks import gpu_norms, network_cases
+from benchmarks.cases import HAND, NATIVE
+from benchmarks.measure import training_step
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -43,7 +45,7 @@ def test_the_models_of_a_case_are_one_formula(norm: network_cases.Norm) -> None:
 def test_a_case_is_checked_against_float64() -> None:
     """On a CPU its kernels are C++; what is asked of them is the same."""
     case = network_cases.Case(network_cases.CASES[1], (4, 16, 6, 6), "NCHW", "float32")
-    hand = case.models("cpu")[gpu_norms.HAND]
+    hand = case.models("cpu")[HAND]
     *inputs, cotangent = case.tensors("cpu")
     for x in inputs:
         x.requires_grad_()
@@ -51,7 +53,7 @@ def test_a_case_is_checked_against_float64() -> None:
     assert gpu_norms._wrong(hand, ours, inputs) == ([], "generated")
     lame = bnrewrite.optimize(copy.deepcopy(hand), backend="eager", kernels="native")
     assert gpu_norms._wrong(hand, lame, inputs) == (["the lowerings are 'native'"], "native")
-    (first, *_) = gpu_norms._step(ours, inputs, cotangent)()
+    (first, *_) = training_step(ours, inputs, cotangent)()
     assert first.shape == inputs[0].shape
 
 
@@ -71,7 +73,7 @@ def test_without_liger_there_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_a_table_has(tmp_path: Path) -> None:
     result = gpu_norms.Result(
         norm="rms_norm", shape="2x3", layout="contiguous", dtype="float32",
-        milliseconds={gpu_norms.NATIVE: 0.5, gpu_norms.OURS: 0.25}, spread={}, over_native=0.5,
+        milliseconds={NATIVE: 0.5, gpu_norms.OURS: 0.25}, spread={}, over_native=0.5,
         over_limit=1.25, lowering="generated", wrong="",
     )  # fmt: skip
     results = [result, replace(result, wrong="values")]

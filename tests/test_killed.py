@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import killed_run
 import pytest
-from processes import environment
+from processes import start
 
 LIMIT = 120  # seconds for all runs
 
@@ -20,14 +18,7 @@ Outcomes = dict[str, list[dict[str, Any]]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What each rank of each run wrote; nothing of one that was killed."""
     folder = tmp_path_factory.mktemp("killed")
-    outcome = subprocess.run(
-        [sys.executable, killed_run.__file__, str(folder)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert outcome.returncode == 0, outcome.stderr[-4000:]
+    start(killed_run.__file__, str(folder), limit=LIMIT)
     written: Outcomes = {}
     for path in sorted(folder.glob("*.json")):
         written.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))

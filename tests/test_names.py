@@ -14,21 +14,10 @@ from bnrewrite import Site, explain
 EPS = 1e-6
 
 
-class Formula(nn.Module):
-    """A formula of one tensor."""
-
-    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.formula = formula
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.formula(x)
-
-
 def sites(formula: Callable[[Tensor], Tensor], *shape: int) -> list[Site]:
     """The sites of a formula when gradients are recorded."""
     torch.manual_seed(0)
-    return explain(Formula(formula), torch.randn(*shape, requires_grad=True)).sites
+    return explain(formula, torch.randn(*shape, requires_grad=True)).sites
 
 
 def centred(x: Tensor, dim: int) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hand_written import BatchNorm, Layer, Net
 from process_checks import CHECKS
-from processes import LIMIT, environment, outcomes
+from processes import outcomes, start
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -34,15 +32,7 @@ def test_processes(count: int, check: str, found: dict[tuple[int, str], str]) ->
 
 def test_torchrun_starts_the_example_of_domains() -> None:
     program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    outcome = subprocess.run(
-        [sys.executable, *program, "-m", "examples.domain_norms"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert outcome.returncode == 0, outcome.stderr[-4000:]
-    lost, kept = outcome.stdout.split("merged")
+    lost, kept = start(*program, "-m", "examples.domain_norms").split("merged")
     means = [ast.literal_eval(line.rpartition("domains ")[2]) for line in kept.splitlines()[1:3]]
     assert means[0] == means[1]
     assert means[0] == pytest.approx([0.0, 1 - 0.9**STEPS], abs=0.1)

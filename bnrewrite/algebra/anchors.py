@@ -51,9 +51,8 @@ FOLLOWED = SAME | CASTS | REDUCTIONS | TAKES_APART | {"getitem", "cat", "stack"}
 
 def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
     """The bases of all reductions of a graph."""
-    statistic: dict[
-        fx.Node, float
-    ] = {}  # reductions and what is computed from them: elements reduced
+    # reductions and what is computed from them, with the elements that are reduced
+    statistic: dict[fx.Node, float] = {}
     found: set[fx.Node] = set()
     own: list[tuple[fx.Node, fx.Node]] = []
     bases = _Bases(statistic)

@@ -25,7 +25,7 @@ FLOATING_RANK = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.fl
 
 
 def name_of(node: fx.Node) -> str:
-    """The operator without namespace, overload and trailing underscore: ``mean``, ``pow``."""
+    """The operator without namespace and overload: ``mean``, ``pow``."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         space, _, name = target._schema.name.partition("::")

@@ -1,12 +1,9 @@
-"""The named norms, each declared once: its formula, its native op and its ONNX op.
+"""The names of the norms that centre: which axes are reduced, and where the affine runs.
 
-With M = E[x], V = E[x^2] - M^2 over the reduced axes, w and b free of the moments of x:
+    y = (x - M) (V + eps)^(-1/2) w + b        M = E[x], V = E[x^2] - M^2 over the reduced axes
 
-    centred     y = (x - M) (V + eps)^(-1/2) w + b
-    uncentred   y = x (V + M^2 + eps)^(-1/2) w + b,  or another norm of x in the denominator
-
-Which axes are reduced, and along which the affine runs, gives a centred norm its name.
-Adding a norm is adding a row.
+w and b are free of the moments of x. Norms that do not centre have their name from what they divide
+by (``match.py``); any other formula is ``general``. Adding a name is adding a row.
 """
 
 from __future__ import annotations
@@ -36,21 +33,6 @@ class Roles:
     parameter: bool
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A named norm."""
-
-    kind: str
-    centred: bool
-    native: str
-    onnx: str
-    applies: Callable[[Roles], bool]
-
-
-def _trailing(dims: frozenset[int], rank: int) -> bool:
-    return bool(dims) and dims == frozenset(range(min(dims), rank))
-
-
 def _is_weight(r: Roles) -> bool:
     return r.parameter and r.rank >= 2 and bool(r.reduced)
 
@@ -78,19 +60,15 @@ def _is_layer(r: Roles) -> bool:
     return bool(r.reduced | r.mixed) and (0 not in r.reduced or not r.kept)
 
 
-CATALOGUE = (
-    Norm(
-        "weight_standardization", True, "aten.native_layer_norm", "LayerNormalization", _is_weight
-    ),
-    Norm("batch_norm", True, "aten.batch_norm", "BatchNormalization", _is_batch),
-    Norm("group_norm", True, "aten.group_norm", "GroupNormalization", _is_group),
-    Norm("instance_norm", True, "aten.group_norm", "InstanceNormalization", _is_instance),
-    Norm("layer_norm", True, "aten.layer_norm", "LayerNormalization", _is_layer),
-    Norm("lp_normalize", False, "aten.linalg_vector_norm", "LpNormalization", lambda r: True),
-    Norm("rms_norm", False, "aten.rms_norm", "RMSNormalization", lambda r: True),
+CATALOGUE: tuple[tuple[str, Callable[[Roles], bool]], ...] = (
+    ("weight_standardization", _is_weight),
+    ("batch_norm", _is_batch),
+    ("group_norm", _is_group),
+    ("instance_norm", _is_instance),
+    ("layer_norm", _is_layer),
 )
 
 
-def name_centred(roles: Roles) -> Norm | None:
-    """The first centred norm of the catalogue that applies."""
-    return next((n for n in CATALOGUE if n.centred and n.applies(roles)), None)
+def name_centred(roles: Roles) -> str | None:
+    """The first name of the catalogue that applies."""
+    return next((name for name, applies in CATALOGUE if applies(roles)), None)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrewrite.gradients import in_grad_mode
+
 from .parts import part_of
 
 
@@ -17,14 +19,8 @@ def duplicates(graph: fx.Graph, *, grad_enabled: bool) -> dict[fx.Node, fx.Node]
     """Each node that repeats an earlier one, with the first of its kind."""
     first: dict[Any, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
-    grad = grad_enabled
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-            continue
-        key = _key(node, same)
+    for node, grad in in_grad_mode(graph, grad_enabled):
+        key = _key(node, same) if node.op == "call_function" else None
         if key is None:
             continue
         try:

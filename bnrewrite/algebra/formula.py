@@ -25,8 +25,6 @@ from .match import Match
 from .ring import Ring
 from .stored import is_stored, uncast
 
-_NAMES = "nchwdlkpqrst"
-
 
 def formula(ring: Ring, match: Match) -> sympy.Expr:
     """``y`` as an expression in x, its moments M and V, and the other tensors by name."""

@@ -43,6 +43,7 @@ class Joined:
     Attributes:
         dims: the dimensions, with ``marker`` alone in the joined one.
         marker: stands for the joined dimension; no formula runs along it.
+        pieces: in their order.
     """
 
     dims: Dims

@@ -10,7 +10,7 @@ from torch import fx
 
 from .axes import Axis, Dims
 from .calls import is_tensor
-from .catalogue import Norm, Roles, name_centred
+from .catalogue import Roles, name_centred
 from .expression import (
     MAXIMA,
     ONE,
@@ -47,7 +47,8 @@ class Match:
     """A norm site and its formula, ``y = x * scale + shift`` with ``scale = part * weight``.
 
     Attributes:
-        kind: a name of the catalogue, or "general".
+        linear: the site as degree one in x.
+        kind: one of ``bnrewrite.options.KINDS``.
         over: the reduced axes.
         eps: as the user's formula has it, relative to the user's statistic.
         root_eps: for ``(V + root_eps)^(-1/2)`` and ``(E[x^2] + root_eps)^(-1/2)``: the native eps.
@@ -89,8 +90,10 @@ class Denominator:
 
     Attributes:
         variance: of V, else of a p-norm.
+        order: p.
         inside: the eps stands under the root, in units of V or of E[|x|^p].
         outside: the eps stands outside the root or in a maximum, in units of the p-norm.
+        masked: the root is ``norm``'s, with gradient zero at zero.
         factor: ``(a V + e)^(-1/2) = a^(-1/2) (V + e / a)^(-1/2)`` where a is not a number (a
             correction over a symbolic size): a^(-1/2), which moves to the weight.
     """
@@ -173,13 +176,12 @@ def _named_centred(reading: Reading, base: Match, found: Denominator) -> Match:
         return replace(base, reason="eps is added after the root", eps=found.outside)
     inside = found.inside.constant
     eps = None if inside is None else float(inside)
-    norm = _named(reading, base)
-    allowed = _affine_axes(base, norm.kind if norm else "")
+    kind = _named(reading, base)
     affine = ring.axes(base.weight) | ring.axes(base.bias)
-    if norm is None or not affine <= allowed:
+    if kind is None or not affine <= _affine_axes(base, kind):
         return replace(base, reason="its affine runs along axes that no named norm has", eps=eps)
     base = _moved(ring, base, found)
-    return replace(base, kind=norm.kind, eps=eps, root_eps=found.inside)
+    return replace(base, kind=kind, eps=eps, root_eps=found.inside)
 
 
 def _moved(ring: Ring, base: Match, found: Denominator) -> Match:
@@ -258,8 +260,8 @@ def denominator(
         return None
     base, exponent = ring.bases[part[0][0]], part[0][1]
     if exponent == Fraction(-1, 2) and isinstance(base, (Sum, Reduction)):
-        polynomial = base.polynomial if isinstance(base, Sum) else moments_square(ring, base)
-        return _under_root(ring, linear, polynomial, moments)
+        single = Polynomial({((base.id, 1),): 1})
+        return _under_root(ring, base.polynomial if isinstance(base, Sum) else single, moments)
     if isinstance(base, Sum) and exponent == -1:
         constant = base.polynomial.terms.get((), 0)
         rest = added(base.polynomial, Polynomial({(): constant}), -1) if constant else None
@@ -272,14 +274,7 @@ def denominator(
     return _norm(ring, linear, inverse, moments, over)
 
 
-def moments_square(ring: Ring, base: Reduction) -> Polynomial:
-    """A reduction as a polynomial."""
-    return Polynomial({((base.id, 1),): 1})
-
-
-def _under_root(
-    ring: Ring, linear: Linear, polynomial: Polynomial, moments: Moments
-) -> Denominator | None:
+def _under_root(ring: Ring, polynomial: Polynomial, moments: Moments) -> Denominator | None:
     """(a V + e) or (a E[x^2] + e), scaled to a = 1."""
     ((square, _),) = moments.square.terms.items()
     lead = factor_of(polynomial, square[0][0])
@@ -360,19 +355,19 @@ def _clamp(
     limit: Number = constants[index] or 0
     other = base.arguments[1 - index]
     if not whole:
-        found = _under_root(ring, linear, other, moments)
+        found = _under_root(ring, other, moments)
         return _outside(found, float(limit)) if found and found.inside == ZERO else None
     return _outside(_norm(ring, linear, other, moments, over), float(limit))
 
 
-def _named(reading: Reading, base: Match) -> Norm | None:
+def _named(reading: Reading, base: Match) -> str | None:
     """The name of a centred norm: ``batch_norm(x.t())`` is one of the transposed tensor."""
     linear = base.linear
-    norm = name_centred(roles_of(reading, base, linear.index))
-    if norm and norm.kind == "layer_norm" and set(linear.index) == set(linear.dims):
+    name = name_centred(roles_of(reading, base, linear.index))
+    if name == "layer_norm" and set(linear.index) == set(linear.dims):
         seen = name_centred(roles_of(reading, base, linear.dims))
-        return seen if seen and seen.kind == "batch_norm" else norm
-    return norm
+        return seen if seen == "batch_norm" else name
+    return name
 
 
 def roles_of(reading: Reading, base: Match, index: Dims) -> Roles:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrewrite.gradients import differentiable_nodes, in_grad_mode
+
 from .anchors import anchors, is_power, lineage
 from .axes import Axis, Dim, Dims, Opaque, align, axes_of, fresh_dims, size_of, substitute
 from .calls import arguments_of, is_pointwise, is_tensor, name_of, shape_of
@@ -37,7 +39,9 @@ class Reading:
     """The meanings of one graph.
 
     Attributes:
+        ring: what formulas are made in.
         meanings: what consumers of a node see.
+        outputs: of nodes with several results, what each of these means.
         sealed: nodes that round (a narrowing cast): their meaning before rounding. Consumers see
             an atom, since what follows happens in the lower precision.
         narrowed: nodes at which a statistic was rounded to a lower precision.
@@ -215,20 +219,14 @@ def read(graph: fx.Graph, *, grad_enabled: bool = True) -> Reading:
     """
     from .semantics import SEMANTICS  # the table imports this module's types
 
-    ever = grad_enabled or any(
-        n.target is torch._C._set_grad_enabled and n.args[0] for n in graph.nodes
-    )
-    gradients = _differentiable(graph, grad_enabled, ever)
+    ever = any(grad for _, grad in in_grad_mode(graph, grad_enabled))
+    gradients = differentiable_nodes(graph, grad_enabled) if ever else frozenset()
     same = duplicates(graph, grad_enabled=grad_enabled)
     own = anchors(graph)
     bases = frozenset(same.get(n, n) for n in own)
     same = {n: f for n, f in same.items() if n in own or not (f in bases and is_power(n, bases))}
     reading = Reading(Ring(lambda source: source in gradients), anchors=bases, same=same)
-    grad = grad_enabled
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-            continue
+    for node, grad in in_grad_mode(graph, grad_enabled):
         _read_node(reading, node, SEMANTICS, stopped=ever and not grad)
     return reading
 
@@ -241,32 +239,15 @@ def _read_node(
     if node in reading.same:
         reading.repeat(node)
         return
-    if isinstance(value, torch.SymInt):
-        reading.meanings[node] = Meaning((), reading.ring.extent(size_of(value)))
+    known = _size_or_constant(reading, node)
+    if known is not None:
+        reading.meanings[node] = known
         return
-    if node.op == "get_attr":
-        constant = _constant(node)
-        if constant is not None:
-            reading.meanings[node] = constant
-            return
-    result: Meaning | tuple[Meaning | Joined | None, ...] | None = None
-    name = name_of(node) if node.op == "call_function" else ""
-    rule = semantics.get(name)
-    if reading.joined or name in JOINS:
-        result = read_joined(reading, node, rule, stopped=stopped)
-    if rule is not None and result is None:
-        try:
-            result = rule(reading, node, arguments_of(node))
-            if stopped and isinstance(result, Meaning):
-                result = Meaning(result.dims, reading.ring.stop(result.value))
-        except Opaque:
-            result = None
+    result = _computed(reading, node, semantics, stopped=stopped)
     if isinstance(result, tuple):
         reading.outputs[node] = result
-    elif result is not None and node in reading.anchors:
-        reading.sealed[node] = result
     elif result is not None:
-        reading.meanings[node] = result
+        (reading.sealed if node in reading.anchors else reading.meanings)[node] = result
     tables = (reading.outputs, reading.sealed, reading.meanings, reading.joined)
     if any(node in table for table in tables) and not reading.vanish(node):
         reading.forget(node)
@@ -278,6 +259,35 @@ def _read_node(
         reading.meanings[node] = _opaque(reading, node)
     elif isinstance(value, (torch.SymFloat, float)):
         reading.meanings[node] = Meaning((), reading.ring.atom(node, ()))
+
+
+def _size_or_constant(reading: Reading, node: fx.Node) -> Meaning | None:
+    """What is a number of the graph: a size, a constant of one element."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return Meaning((), reading.ring.extent(size_of(value)))
+    return _constant(node) if node.op == "get_attr" else None
+
+
+def _computed(
+    reading: Reading, node: fx.Node, semantics: dict[str, Semantics], *, stopped: bool
+) -> Meaning | tuple[Meaning | Joined | None, ...] | None:
+    """What an operation makes of the formulas of its operands; None where that is not known."""
+    name = name_of(node) if node.op == "call_function" else ""
+    rule = semantics.get(name)
+    if reading.joined or name in JOINS:
+        packed = read_joined(reading, node, rule, stopped=stopped)
+        if packed is not None:
+            return packed
+    if rule is None:
+        return None
+    try:
+        result = rule(reading, node, arguments_of(node))
+        if stopped and isinstance(result, Meaning):
+            return Meaning(result.dims, reading.ring.stop(result.value))
+    except Opaque:
+        return None
+    return result
 
 
 def _constant(node: fx.Node) -> Meaning | None:
@@ -310,20 +320,3 @@ def _opaque(reading: Reading, node: fx.Node) -> Meaning:
                 return reading.atom(node)
             return Meaning(dims, reading.ring.atom(node, dims, moments=moments))
     return reading.atom(node)
-
-
-def _differentiable(graph: fx.Graph, grad_enabled: bool, ever: bool) -> frozenset[fx.Node]:
-    """The nodes that carry a gradient."""
-    found: set[fx.Node] = set()
-    grad = grad_enabled
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            if ever and isinstance(value, torch.Tensor) and node.meta["requires_grad"]:
-                found.add(node)
-        elif node.op == "call_function":
-            if node.target is torch._C._set_grad_enabled:
-                grad = bool(node.args[0])
-            elif grad and name_of(node) != "detach" and not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
-    return frozenset(found)

@@ -12,11 +12,9 @@ from .calls import is_tensor, shape_of
 from .expression import (
     Atom,
     Exponent,
-    Function,
     Monomial,
     Polynomial,
     Reduction,
-    Sum,
     added,
     inverse,
 )
@@ -91,25 +89,11 @@ def attached(ring: Ring, value: Polynomial) -> tuple[Polynomial, bool]:
 
 def _stops(ring: Ring, value: Polynomial) -> set[bool]:
     """Whether the differentiable atoms inside are stopped."""
-    found: set[bool] = set()
-    seen: set[int] = set()
-    todo = list(value.bases())
-    while todo:
-        base_id = todo.pop()
-        if base_id in seen:
-            continue
-        seen.add(base_id)
-        base = ring.bases[base_id]
-        if isinstance(base, Atom):
-            if ring.differentiable(base.source):
-                found.add(base.stopped)
-        elif isinstance(base, Reduction):
-            todo += [b for b, _ in base.monomial]
-        elif isinstance(base, Sum):
-            todo += base.polynomial.bases()
-        elif isinstance(base, Function):
-            todo += [b for a in base.arguments for b in a.bases()]
-    return found
+    return {
+        base.stopped
+        for base in ring.within(value, reduced=True)
+        if isinstance(base, Atom) and ring.differentiable(base.source)
+    }
 
 
 def mixes_gradients(ring: Ring, linear: Linear) -> bool:

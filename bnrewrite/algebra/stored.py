@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from torch import fx
+
+from bnrewrite.walks import computed_from
 
 from .calls import CASTS, arguments_of, is_pointwise, name_of
 
@@ -46,13 +50,5 @@ def is_parameter(node: fx.Node) -> bool:
 
 def _origins(node: fx.Node, limit: int) -> set[fx.Node] | None:
     """The nodes that a tensor is computed from; None where they are more than the limit."""
-    seen: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current not in seen:
-            seen.add(current)
-            if len(seen) > limit:
-                return None
-            todo += current.all_input_nodes
-    return seen
+    made = set(islice(computed_from([node]), limit + 1))
+    return made if len(made) <= limit else None

@@ -16,9 +16,10 @@ from torch import fx
 
 from bnrewrite.capture.aliases import is_updated
 from bnrewrite.capture.canonical import Canonical
-from bnrewrite.capture.lifetime import differentiable_nodes, outlives
+from bnrewrite.capture.lifetime import outlives
 from bnrewrite.capture.stretches import Stretch, itself, storages
 from bnrewrite.capture.targets import CALLS, is_in_place, target_name
+from bnrewrite.gradients import differentiable_nodes
 
 
 def updates_of(graph: fx.Graph, kept: Collection[fx.Node]) -> dict[fx.Node, set[int]]:

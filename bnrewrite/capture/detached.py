@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnrewrite.capture.aliases import storage_of
 from bnrewrite.capture.targets import CALLS, is_in_place, target_name
+from bnrewrite.gradients import in_grad_mode
 
 _OF_HISTORY = "a value with autograd history is updated where autograd is off"
 _READ_WITH_HISTORY = "a value is written through a detached alias that is read with its history"
@@ -54,13 +55,10 @@ def detached_updates(graph: fx.Graph, grad_enabled: bool) -> Set[fx.Node]:
 
 def _updates(graph: fx.Graph, grad_enabled: bool) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
     """The updates in place, each value that they update, and the gradient mode at that place."""
-    for node in graph.nodes:
-        if node.op not in CALLS:
-            continue
-        if node.target is torch._C._set_grad_enabled:
-            grad_enabled = bool(node.args[0])
-        for target in _updated(node):
-            yield node, target, grad_enabled
+    for node, enabled in in_grad_mode(graph, grad_enabled):
+        if node.op in CALLS:
+            for target in _updated(node):
+                yield node, target, enabled
 
 
 def _updated(node: fx.Node) -> list[fx.Node]:

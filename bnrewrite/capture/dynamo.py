@@ -18,7 +18,7 @@ from torch._dynamo.types import ConvertFrameReturn
 
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.samples import mark_samples, sizes_without_meaning
-from bnrewrite.errors import first_line
+from bnrewrite.errors import with_its_name
 
 _EAGERLY = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 _AS_BEFORE = _FrameExecStrategy(_FrameAction.RUN_ONLY, _FrameAction.RUN_ONLY)  # or eagerly
@@ -108,9 +108,7 @@ class Tolerant:
         self._failures += 1
         passing = isinstance(error, TorchRuntimeError)
         if not passing or self._failures >= PATIENCE:
-            self._compiler.warn(
-                f"Dynamo fails on it: {type(error).__name__}: {first_line(error) or 'no message'}"
-            )
+            self._compiler.warn(f"Dynamo fails on it: {with_its_name(error)}")
             return ConvertFrameReturn()
         return ConvertFrameReturn(frame_exec_strategy=_EAGERLY, apply_to_code=False)
 

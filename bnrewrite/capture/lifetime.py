@@ -9,26 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrewrite.gradients import GRAD_MODE
 from bnrewrite.kernels import KERNELS, never_kept, norm, norm_with_updates
-
-_DETACHING = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default, "detach"})
-
-
-def differentiable_nodes(graph: fx.Graph, grad_enabled: bool) -> Set[fx.Node]:
-    """Nodes that autograd may record, placeholders that require a gradient among them."""
-    enabled, found = grad_enabled, set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta.get("example_value")
-            if node.meta.get("requires_grad", getattr(value, "requires_grad", False)):
-                found.add(node)
-        elif node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif node.op == "output" or not enabled or node.target in _DETACHING:
-            continue
-        elif not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+from bnrewrite.walks import reached
 
 
 def outlives(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
@@ -58,14 +41,8 @@ def reaches(node: fx.Node, differentiable: Set[fx.Node]) -> bool:
     graph = node.graph
     if any(each.op == "call_method" or not _has_schema(each) for each in graph.nodes):
         return bool(differentiable)
-    pending, seen = [node], {node}
-    while pending:
-        for user in pending.pop().users:
-            if user in differentiable:
-                return True
-            if user not in seen:
-                seen.add(user)
-                pending.append(user)
+    if not differentiable.isdisjoint(reached([*node.users], lambda each: each.users)):
+        return True
     return any(user.op == "output" for user in node.users)
 
 
@@ -83,4 +60,4 @@ def _has_schema(node: fx.Node) -> bool:
     """Whether a node is one of those that a canonical graph is made of."""
     if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
         return True
-    return node.target in {*KERNELS, torch._C._set_grad_enabled, operator.getitem}
+    return node.target in {*KERNELS, GRAD_MODE, operator.getitem}

@@ -22,6 +22,7 @@ from bnrewrite.capture.autocast import ENTER, EXIT
 from bnrewrite.capture.detached import hidden_updates
 from bnrewrite.capture.provenance import source_line
 from bnrewrite.capture.targets import CALLS, target_name
+from bnrewrite.gradients import GRAD_MODE, in_grad_mode
 from bnrewrite.report.site import Kept
 
 _BEGINS = (
@@ -44,19 +45,17 @@ def opaque_nodes(graph: fx.Graph, grad_enabled: bool) -> dict[fx.Node, str]:
     found: dict[fx.Node, str] = {}
     hidden = hidden_updates(graph, grad_enabled)
     depth = 0
-    for node in graph.nodes:
+    for node, enabled in in_grad_mode(graph, grad_enabled):
         if node.op not in CALLS:
             continue
         name = target_name(node)
-        if node.target is torch._C._set_grad_enabled:
-            grad_enabled = bool(node.args[0])
         begins, ends = name in _BEGINS, name in _ENDS
         if depth or begins or _is_transform(node):
             found[node] = "a function transform changes how the code in it is computed"
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             if name != "autograd_function_apply":
                 found[node] = f"{name} holds a graph of its own"
-            elif grad_enabled:
+            elif enabled:
                 found[node] = "an autograd.Function has a backward of its own"
         elif _sets_a_mode(node):
             found[node] = f"{_public(name)} changes how the process computes"
@@ -99,7 +98,7 @@ def _is_transform(node: fx.Node) -> bool:
     return "_functorch" in module or "saved_tensors_hooks" in target_name(node)
 
 
-_HARMLESS = (torch._C._set_grad_enabled, torch._C._log_api_usage_once, ENTER, EXIT)
+_HARMLESS = (GRAD_MODE, torch._C._log_api_usage_once, ENTER, EXIT)
 
 
 def _sets_a_mode(node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bnrewrite.capture.aliases import outputs_of
 from bnrewrite.capture.sources import locate, name_of, source_name
+from bnrewrite.walks import computed_from
 
 logger = logging.getLogger(__name__)
 
@@ -117,20 +118,8 @@ def find_attribute_updates(graph_module: fx.GraphModule) -> tuple[tuple[str, fx.
         and value is not None
         and value.name in nodes
         and values[value.name] is value.meta.get("example_value")  # not of a part of the graph
-        and _is_computed_from(nodes[value.name], old[source])
+        and old[source] in computed_from(nodes[value.name].all_input_nodes)
     )
-
-
-def _is_computed_from(node: fx.Node, origin: fx.Node) -> bool:
-    pending, seen = [node], {node}
-    while pending:
-        for each in pending.pop().all_input_nodes:
-            if each is origin:
-                return True
-            if each not in seen:
-                seen.add(each)
-                pending.append(each)
-    return False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from bnrewrite.errors import first_line
+from bnrewrite.errors import with_its_name
 
 
 class CaptureError(Exception):
@@ -29,6 +29,4 @@ class Inexact(Untraceable):
 
 def sentence(error: Exception) -> str:
     """An exception in one line."""
-    if isinstance(error, CaptureError):
-        return str(error)
-    return f"{type(error).__name__}: {first_line(error) or 'no message'}"
+    return str(error) if isinstance(error, CaptureError) else with_its_name(error)

@@ -23,8 +23,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from bnrewrite.capture.aliases import is_updated, storage_of
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept, enter_autocast
 from bnrewrite.capture.targets import CALLS, is_in_place
-
-GRAD_MODE = torch._C._set_grad_enabled
+from bnrewrite.gradients import GRAD_MODE
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from bnrewrite.capture.aliases import outputs_of
-from bnrewrite.capture.lifetime import differentiable_nodes, outlives, reaches
+from bnrewrite.capture.lifetime import outlives, reaches
+from bnrewrite.gradients import GRAD_MODE, differentiable_nodes
 
 Run = Callable[..., Any]
 
@@ -168,16 +169,16 @@ def _without_gradients(graph: fx.Graph, count: int, grad_enabled: bool, output: 
     for _ in range(count):
         first = first.prev
     with graph.inserting_before(first):
-        graph.call_function(torch._C._set_grad_enabled, (False,))
+        graph.call_function(GRAD_MODE, (False,))
     with graph.inserting_before(output):
-        graph.call_function(torch._C._set_grad_enabled, (True,))
+        graph.call_function(GRAD_MODE, (True,))
 
 
 def drop_idle_modes(graph: fx.Graph, grad_enabled: bool) -> None:
     """Drop gradient modes that are set for nothing, as a removed update leaves them behind."""
-    modes = [node for node in graph.nodes if node.target is torch._C._set_grad_enabled]
+    modes = [node for node in graph.nodes if node.target is GRAD_MODE]
     for node in modes:
-        if node.next.target is torch._C._set_grad_enabled:
+        if node.next.target is GRAD_MODE:
             graph.erase_node(node)
             continue
         if bool(node.args[0]) == grad_enabled:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnrewrite.doors.plain import Untranslatable
+from bnrewrite.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def install(scripted: torch.jit.ScriptModule, branches: Sequence[Branch]) -> tor
     try:
         functions = [torch.jit.CompilationUnit(branch.text) for branch in branches]
     except RuntimeError as error:
-        raise Untranslatable(f"TorchScript does not take its graph: {_last_line(error)}") from error
+        raise Untranslatable(f"TorchScript does not take its graph: {first_line(error)}") from error
     result = _twin(scripted)
     graph = result._c._get_method("forward").graph
     for branch, compiled in reversed(list(zip(branches, functions, strict=True))):
@@ -139,7 +140,7 @@ def _twin(scripted: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     try:
         torch.jit.save(scripted, file)
     except RuntimeError as error:
-        raise Untranslatable(f"TorchScript does not save it: {_last_line(error)}") from error
+        raise Untranslatable(f"TorchScript does not save it: {first_line(error)}") from error
     file.seek(0)
     load: Any = torch.jit.load
     result: torch.jit.ScriptModule = load(file)
@@ -155,8 +156,3 @@ def _share(mine: Any, other: Any) -> None:
             other.setattr(name, value)
     for name, child in torch._C.ModuleDict(mine).items():
         _share(child, other.getattr(name))
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ~^")]
-    return lines[0] if lines else type(error).__name__

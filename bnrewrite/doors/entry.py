@@ -41,13 +41,11 @@ class Opened:
     Attributes:
         module: what Python can call, trace and export; it shares its tensors with what was given.
         program: what was given, if it was an exported program or the file of one.
-        script: what was given, if it was a scripted module or the file of one.
         example_inputs: the arguments with which a program was exported; () where there are none.
     """
 
     module: nn.Module
     program: ExportedProgram | None = None
-    script: torch.jit.ScriptModule | None = None
     example_inputs: tuple[Any, ...] = ()
 
 
@@ -70,7 +68,7 @@ def open(given: Given) -> Opened:
         args, _ = loaded.example_inputs or ((), {})
         return Opened(loaded.module(), program=loaded, example_inputs=tuple(args))
     try:
-        return Opened(plain_module(loaded), script=loaded)
+        return Opened(plain_module(loaded))
     except Untranslatable as refusal:
         raise TypeError(f"the scripted module has no form in Python: {refusal}") from None
 

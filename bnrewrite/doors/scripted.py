@@ -49,6 +49,7 @@ from bnrewrite.doors.torchscript import FunctionText
 from bnrewrite.doors.wrapped import any_size
 from bnrewrite.kernels import frozen_batch_norm
 from bnrewrite.options import Options
+from bnrewrite.walks import computed_from
 
 _READ_BY_CODE = (".requires_grad", "is_grad_enabled")
 
@@ -233,7 +234,7 @@ def _guard(
         values.append(_equals(f"m{place}", source.kind.annotation_str, value))
     values += size_conditions(captured.program, captured.assumed, symbols)
     values += outside_conditions()
-    statistics = _needed(each for node in frozen for each in node.all_input_nodes[-2:])
+    statistics = set(computed_from(each for node in frozen for each in node.all_input_nodes[-2:]))
     text = FunctionText(inputs.names)
     for node in inputs.used(statistics):
         parameters.append(f"{inputs.names[node]}: Tensor")
@@ -297,15 +298,3 @@ def captured_nodes(captured: Captured) -> Iterable[fx.Node]:
     """The nodes of what was captured, in order."""
     assert captured.look.canonical is not None
     return captured.look.canonical.module.graph.nodes
-
-
-def _needed(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Some nodes, and all that they are computed from."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found

@@ -18,6 +18,7 @@ from torch import fx
 from torch.utils._pytree import TreeSpec
 
 from bnrewrite.doors.plain import Untranslatable
+from bnrewrite.gradients import GRAD_MODE
 from bnrewrite.kernels import frozen_batch_norm
 
 SIGNS: dict[Any, str] = {
@@ -29,7 +30,6 @@ _CALLS: dict[Any, str] = {
     torch.sym_max: "max", torch.sym_min: "min", torch.sym_float: "float", torch.sym_int: "int",
     math.floor: "math.floor", math.ceil: "math.ceil", abs: "abs",
 }  # fmt: skip
-_GRADIENTS = torch._C._set_grad_enabled
 
 
 class FunctionText:
@@ -57,7 +57,7 @@ class FunctionText:
                 continue
             if node.op != "call_function":
                 raise Untranslatable(f"its graph holds {node.op} {node.target}")
-            if node.target is _GRADIENTS:
+            if node.target is GRAD_MODE:
                 self._mode(bool(node.args[0]))
             else:
                 text = self._call(node)

@@ -23,6 +23,7 @@ from torch.fx.experimental import _config
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept
 from bnrewrite.capture.sources import ORIGIN, Kind
 from bnrewrite.capture.targets import is_in_place
+from bnrewrite.gradients import GRAD_MODE
 
 _GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST: Any = wrap_with_autocast
@@ -47,7 +48,7 @@ def users_graph(program: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
     for node, given in zip(placeholders, program.graph_signature.input_specs, strict=True):
         kind = _KINDS.get(given.kind, "input")
         node.meta[ORIGIN] = kind, None if kind == "input" else given.target
-    examples = _differentiated(graph, placeholders)
+    examples = _differentiated(placeholders)
     _run_on_fakes(graph, examples)
     return graph, examples
 
@@ -90,7 +91,7 @@ def _run_on_fakes(graph: fx.GraphModule, examples: list[Any]) -> None:
         _Noting(graph).run(*map(_another, examples))
 
 
-def _differentiated(graph: fx.GraphModule, placeholders: list[fx.Node]) -> list[Any]:
+def _differentiated(placeholders: list[fx.Node]) -> list[Any]:
     """The values that stand for inputs; those of the user's may be differentiated later.
 
     What the graph updates in place may not.
@@ -155,10 +156,10 @@ class _Writing:
     def end(self, updates: list[tuple[fx.Node, fx.Node]], users: list[fx.Node]) -> None:
         """Update in place what a graph without effects returns, and return the rest."""
         if updates:
-            self.graph.call_function(torch._C._set_grad_enabled, (False,))
+            self.graph.call_function(GRAD_MODE, (False,))
             for owner, value in updates:
                 self.graph.call_function(torch.ops.aten.copy_.default, (owner, value))
-            self.graph.call_function(torch._C._set_grad_enabled, (self.gradients,))
+            self.graph.call_function(GRAD_MODE, (self.gradients,))
         self.graph.output(tuple(users))
 
     def _placed(self, found: fx.Node, node: fx.Node) -> fx.Node:
@@ -181,10 +182,10 @@ class _Writing:
     def _with_gradients(self, node: fx.Node, made: dict[fx.Node, Any]) -> Any:
         enabled, body, *given = node.args
         before, self.gradients = self.gradients, bool(enabled)
-        self.graph.call_function(torch._C._set_grad_enabled, (self.gradients,))
+        self.graph.call_function(GRAD_MODE, (self.gradients,))
         results = self._body(node, body, given, made)
         self.gradients = before
-        self.graph.call_function(torch._C._set_grad_enabled, (before,))
+        self.graph.call_function(GRAD_MODE, (before,))
         return results
 
     def _with_autocast(self, node: fx.Node, made: dict[fx.Node, Any]) -> Any:

@@ -54,7 +54,7 @@ def backward(source: Source) -> list[str]:
         "}",
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *columns.head(),
         f"  const int64_t sums = {max(len(lanes), 1)}, space = {len(columns.arrays)} * wide;",
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],

@@ -39,7 +39,7 @@ def _forward(source: Source) -> list[str]:
         *updates(source),
     ]
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *columns.head(),
         *measured(columns, zero),
         "  auto finish = [&](int64_t task, const double *means, const double *spreads, acc"

@@ -50,7 +50,7 @@ def _forward(source: Source) -> list[str]:
     ]
     body = [*columns.element.fetched("x"), *columns.element.forward()]
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *_head(columns, across),
         *measured(columns, zero),
         *_of_task(columns, "finish", "const double *means, const double *spreads", finished),
@@ -100,7 +100,7 @@ def _backward(source: Source) -> list[str]:
         "}",
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *_head(columns, across),
         *across.head_back(),
         f"  const int64_t sums = {max(len(lanes), 1)}, space = {len(columns.arrays)} * wide;",

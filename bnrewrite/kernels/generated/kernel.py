@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -110,6 +110,8 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     functions = compiled_functions(source)
     if functions is None:
         return None
+    functions.firm.restype = ctypes.c_char_p
+    firm = [int(number) for number in functions.firm().split()]
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
     orders = (order_of(own, layout.order(i), sizes) for i, own in enumerate(program.tensors))
@@ -128,25 +130,30 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         result=result,
         free=tuple(source.free()),
         used=tuple(source.used()),
-        firm=tuple(source.firm()),
-        copied=tuple(source.copied()),
+        firm=tuple(firm),
+        copied=tuple(source.copied(firm)),
         updates=len(program.updates),
         residual=program.residual,
     )
 
 
-@cache
+@functools.cache
 def compiled_functions(source: Source) -> ctypes.CDLL | None:
     """What a source is compiled to, once in a process, whatever the sizes; None for nothing."""
     try:
-        printed = PRINTED[bool(source.layout.columns), bool(source.program.means)]
-        body = printed(source)
-        found = activation(source.program.activation)
-        if found is not None and found.formula is not None:
-            body = functions_source(found.formula, source.single) + body
-        return library(body, source.single)
+        return library(source.key(), source.single, functools.partial(_printed, source))
     except Unprintable:
         return None
     except NoCompiler as reason:
         logger.warning("a norm runs without a kernel of its own: %s", reason)
         return None
+
+
+def _printed(source: Source) -> str:
+    """The functions of a source, and one that tells on which tensors its gradients depend."""
+    body = PRINTED[bool(source.layout.columns), bool(source.program.means)](source)
+    body += f'\nextern "C" const char *firm() {{ return "{" ".join(map(str, source.firm()))}"; }}'
+    found = activation(source.program.activation)
+    if found is None or found.formula is None:
+        return body
+    return functions_source(found.formula, source.single) + body

@@ -105,6 +105,11 @@ class Source:
     layout: Layout
     dtypes: tuple[str, ...]
 
+    def key(self) -> str:
+        """All of it as a text that is the same in every process."""
+        loops = [(loop.axes, loop.reduced, sorted(loop.tensors)) for loop in self.layout.loops]
+        return repr((self.text, loops, self.layout.columns, self.dtypes))
+
     @property
     def program(self) -> Program:
         """The program of the text."""
@@ -146,13 +151,13 @@ class Source:
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
-    def copied(self) -> list[int]:
+    def copied(self, firm: Sequence[int]) -> list[int]:
         """The tensors of which a copy is saved: any may change before the backward of user's code.
 
         Buffers; a bias whose activation is masked; and a weight that is no factor itself, as in
         ``y * (1 + w)``: autograd keeps the sum.
         """
-        program, free, firm = self.program, self.free(), self.firm()
+        program, free = self.program, self.free()
         masks = bool(program.activation) and not program.residual
         return [
             i
@@ -179,8 +184,16 @@ class Source:
         """How many elements a tensor has."""
         return " * ".join(f"n{loop}" for loop in self.runs(number)) or "1"
 
-    def signature(self, name: str, pointers: Sequence[tuple[str, str]]) -> str:
-        """The head of a function: what it points to, the lengths of its loops, the extents."""
+    def signature(
+        self, name: str, pointers: Sequence[tuple[str, str]], results: Sequence[str]
+    ) -> str:
+        """The head of a function: what it points to, the lengths of its loops, the extents.
+
+        Args:
+            name: of the function.
+            pointers: types and names.
+            results: those to tensors like x that it writes.
+        """
         loops = range(len(self.layout.loops))
         lines = [
             f'extern "C" void {name}(void **given, const double *extents, const int64_t *size,'
@@ -192,6 +205,8 @@ class Source:
         for i in loops:
             inner = " * ".join([f"n{j}" for j in loops if j > i])
             lines.append(f"  const int64_t s{i} = {inner or '1'};")
+        size = " * ".join(f"n{i}" for i in loops)
+        lines += [f"  in_large_pages({result}, {size});" for result in results]
         named = enumerate(self.program.extents())
         lines += [f"  const double {name} = extents[{i}]; (void){name};" for i, name in named]
         return "\n".join(lines)

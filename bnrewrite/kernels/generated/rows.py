@@ -45,15 +45,32 @@ class Rows:
         self.element = Element(source, "at + j", source.affine())
 
     def head(self) -> list[str]:
-        """The lengths, and how far ahead of a first pass memory is asked for."""
+        """The lengths, and how many rows ahead memory is asked for."""
         groups = " * ".join([f"n{i}" for i in self.source.layout.kept]) or "1"
         outer = " * ".join([f"n{i}" for i in self.reduced]) or "1"
-        apart = f"s{self.reduced[-1]}" if self.reduced else "FAR"  # short rows: the next one
-        ahead = f"length < FAR && {apart} > FAR ? {apart} : FAR"
         return [
             f"  const int64_t groups = {groups}, length = n{self.last}, outer = {outer};",
-            f"  const int64_t ahead = {ahead}; (void)ahead;",
             "  const double N = double(outer) * length; (void)N;",
+            "  const int64_t lead = outer == 1 || length > 2 * FAR ? 0"
+            " : std::min(outer, (FAR + length - 1) / length); (void)lead;",
+            "  auto place = [&](int64_t row) {",
+            *decode(self.reduced, "row", "    "),
+            f"    return {offset(self.reduced)};",
+            "  };",
+        ]
+
+    def group(self) -> list[str]:
+        """Where a group lies, and how far from it the next one."""
+        kept = self.source.layout.kept
+        return [
+            "auto start = [&](int64_t group) {",
+            *decode(kept, "group", "  "),
+            f"  return {offset(kept)};",
+            "};",
+            *decode(kept, "group", ""),
+            f"const int64_t base = {offset(kept)};",
+            "const int64_t following = group + 1 < groups ? start(group + 1) - base : 0;",
+            "(void)following;",
         ]
 
     def each_row(self, body: list[str]) -> list[str]:
@@ -64,6 +81,19 @@ class Rows:
             f"  const int64_t at = base + {offset(self.reduced)};",
             *indented(body, 2),
             "}",
+        ]
+
+    def lead(self) -> list[str]:
+        """How far from an element the one lies that is read ``FAR`` elements later.
+
+        Short rows that lie apart are no stream that a processor sees by itself: some rows later, in
+        the next group behind the last one.
+        """
+        return [
+            "const int64_t later = row + lead;",
+            "const int64_t ahead = lead == 0 ? FAR : later < outer ? place(later) - place(row)",
+            "    : following + place(later - outer) - place(row);",
+            "(void)ahead;",
         ]
 
     def row_tensors(self) -> list[str]:
@@ -82,8 +112,9 @@ class Rows:
         """A loop over the elements of a group."""
         return self.each_row(
             [
+                *self.lead(),
                 *self.row_tensors(),
-                "each(0, length, [&](auto tag, int64_t j) {",
+                "each_again(length, [&](auto tag, int64_t j) {",
                 "  using V = decltype(tag);",
                 *indented([*self.element_tensors(), *body], 2),
                 "});",
@@ -98,7 +129,7 @@ class Rows:
         blocks = [
             "for (int64_t begin = 0; begin < length; begin += BLOCK) {",
             "  const int64_t end = begin + BLOCK < length ? begin + BLOCK : length;",
-            "  each_summed(begin, end, [&](auto tag, int64_t j, auto slot) {",
+            "  each_summed(begin, end, [&](auto tag, int64_t j, auto part) {",
             "    using V = decltype(tag);",
             *indented(body, 4),
             "  });",
@@ -109,7 +140,7 @@ class Rows:
         last = ["if (n > 0) {", "  const int64_t row = 0; (void)row;", *end, "}"]
         return [
             "int64_t n = 0;",
-            *self.each_row([*start, *blocks, *(["{", *end, "}"] if by_row else [])]),
+            *self.each_row([*self.lead(), *start, *blocks, *(["{", *end, "}"] if by_row else [])]),
             *([] if by_row else last),
         ]
 
@@ -117,14 +148,13 @@ class Rows:
 def _forward(rows: Rows) -> list[str]:
     source = rows.source
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *rows.head(),
         "#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)",
         "  for (int64_t group = 0; group < groups; ++group) {",
-        *decode(source.layout.kept, "group", "    "),
-        f"    const int64_t base = {offset(source.layout.kept)};",
         *indented(
             [
+                *rows.group(),
                 *measured(rows),
                 *source.stopped(),
                 *group_tensors(source, rows.of_group, rows.of_group),
@@ -148,9 +178,9 @@ def measured(rows: Rows) -> list[str]:
         "{",
         "  slots lanes{}; finer rest = 0;",
         "  const int64_t end = length < BLOCK ? length : BLOCK;",
-        "  each_summed(0, end, [&](auto tag, int64_t j, auto slot) {",
+        "  each_summed(0, end, [&](auto tag, int64_t j, auto part) {",
         "    using V = decltype(tag);",
-        "    add(lanes, rest, V(load<V>(x + base + j) - pivot), slot);",
+        "    add(lanes, rest, V(load<V>(x + base + j) - pivot), part);",
         "  });",
         "  pivot = pivot_at(pivot + total(lanes, rest) / end);",
         "}",
@@ -166,8 +196,8 @@ def measured(rows: Rows) -> list[str]:
     body = [
         *rows.element.fetched("x"),
         "const V d = load<V>(x + at + j) - pivot;",
-        *([] if zero else ["add(lanes, rest, d, slot);"]),
-        "add(squares, rest2, V(d * d), slot);",
+        *([] if zero else ["add(lanes, rest, d, part);"]),
+        "add(squares, rest2, V(d * d), part);",
     ]
     return [
         *first,
@@ -189,9 +219,10 @@ def _backward(rows: Rows) -> list[str]:
     of_element = [i for i in rows.of_element if i in free]
     of_group = [i for i in rows.of_group if i in free]
     lanes = list(sums.lanes.values())
-    adds = [f"add({name}, {name}_rest, V({term}), slot);" for name, term in sums.terms()]
+    adds = [f"add({name}, {name}_rest, V({term}), part);" for name, term in sums.terms()]
     adds += [
-        f"store(d{i} + at{i} + j, V(load<V>(d{i} + at{i} + j) + {inside(source, i)}));"
+        f"store(d{i} + at{i} + j,"
+        f" V(load<V>(d{i} + at{i} + j) + fresh(V({inside(source, i)}), part)));"
         for i in of_element
     ]
     flush = [f"const double {name}_sum = total({name}, {name}_rest);" for name in lanes]
@@ -206,8 +237,7 @@ def _backward(rows: Rows) -> list[str]:
         *element.residual_gradient(),
     ]
     group = [
-        *decode(source.layout.kept, "group", ""),
-        f"const int64_t base = {offset(source.layout.kept)};",
+        *rows.group(),
         *source.statistics("group", "groups"),
         *source.stopped(),
         *group_tensors(source, rows.of_group, source.used()),
@@ -225,7 +255,7 @@ def _backward(rows: Rows) -> list[str]:
         *_passed_on(of_element),
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *rows.head(),
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],
         *[f"  std::vector<double> k{i}(groups * outer);" for i in by_row],

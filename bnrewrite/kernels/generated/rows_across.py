@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .across import Across
-from .pieces import Sums, decode, group_gradients, group_tensors, indented, offset, updates
+from .pieces import Sums, decode, group_gradients, group_tensors, indented, updates
 from .printing import Source
 from .rows import Rows, measured, scattered
 
@@ -27,7 +27,7 @@ def rows_across_source(source: Source) -> str:
 def _forward(rows: Rows, across: Across) -> list[str]:
     source = rows.source
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *_head(rows, across),
         *_function(rows, "measure", measured(rows)),
         *across.average(),
@@ -51,7 +51,7 @@ def _backward(rows: Rows, across: Across) -> list[str]:
     sums = Sums(source, [], [])
     group_sums = [(s.symbol, sums.lane(s.element, s.degree)) for s in source.gradients.sums]
     lanes = list(sums.lanes.values())
-    adds = [f"add({name}, {name}_rest, V({term}), slot);" for name, term in sums.terms()]
+    adds = [f"add({name}, {name}_rest, V({term}), part);" for name, term in sums.terms()]
     flush = [f"const double {name}_sum = total({name}, {name}_rest);" for name in lanes]
     flush += [f"{symbol} += {text};" for symbol, text in group_sums]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
@@ -84,7 +84,7 @@ def _backward(rows: Rows, across: Across) -> list[str]:
         "}",
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *_head(rows, across),
         *across.head_back(),
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],
@@ -104,12 +104,9 @@ def _head(rows: Rows, across: Across) -> list[str]:
 
 def _function(rows: Rows, name: str, body: list[str]) -> list[str]:
     """A step of a group."""
-    kept = rows.source.layout.kept
     return [
         f"  auto {name} = [&](int64_t group) {{",
-        *decode(kept, "group", "    "),
-        f"    const int64_t base = {offset(kept)};",
-        *indented(body, 4),
+        *indented([*rows.group(), *body], 4),
         "  };",
     ]
 
