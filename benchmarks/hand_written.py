@@ -223,3 +223,35 @@ class GlobalResponseNorm(Channels):
     def forward(self, x: Tensor) -> Tensor:
         length: Tensor = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
         return self.weight * (x * (length / (length.mean(1, keepdim=True) + 1e-6))) + self.bias + x
+
+
+class SwitchedNorm(Channels):
+    """Statistics of instances, layers and batches, mixed by weights that are learnt."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.mean_weight = nn.Parameter(torch.ones(3))
+        self.var_weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("running_var", torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True)
+        square = var + mean**2
+        layer_mean = mean.mean(1, keepdim=True)
+        layer_var = square.mean(1, keepdim=True) - layer_mean**2
+        if self.training:
+            batch_mean = mean.mean(0, keepdim=True)
+            batch_var = square.mean(0, keepdim=True) - batch_mean**2
+            self.running_mean.mul_(0.9).add_(0.1 * batch_mean.detach())
+            self.running_var.mul_(0.9).add_(0.1 * batch_var.detach())
+        else:
+            batch_mean, batch_var = self.running_mean, self.running_var
+        a, b = torch.softmax(self.mean_weight, 0), torch.softmax(self.var_weight, 0)
+        mean = a[0] * mean + a[1] * layer_mean + a[2] * batch_mean
+        var = b[0] * var + b[1] * layer_var + b[2] * batch_var
+        y: Tensor = (x - mean) / torch.sqrt(var + 1e-5)
+        return y * self.weight + self.bias

@@ -99,7 +99,8 @@ CASES = (
     _general("batch_renorm", hand_written.BatchRenorm, BATCH),
     _general("adaptive_norm", hand_written.AdaptiveNorm, EACH),
     _general("response_norm", hand_written.ResponseNorm, EACH),
-    _general("global_response_norm", hand_written.GlobalResponseNorm, BATCH),
+    _general("global_response_norm", hand_written.GlobalResponseNorm, EACH),
+    _general("switched_norm", hand_written.SwitchedNorm, BATCH),
     Norm(
         "rms_norm",  # of Llama 7B, of 70B, and of a sentence of T5
         hand_written.RMSNorm,

@@ -34,6 +34,7 @@ from bnrewrite.algebra.expression import (
 )
 from bnrewrite.kernels import check_program, norm, norm_with_updates, operator_of
 
+from .across import Means
 from .nodes import Unwritable, aten, current
 from .rewriting import Epilogue
 from .state import BatchState, Update
@@ -50,6 +51,7 @@ def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | No
     Raises:
         Unwritable: the formula has no kernel.
     """
+    assert writing.match.over, "a kernel reduces something"
     text = _Text(writing, state.updates)
     x = current(writing.match.linear.source)
     if epilogue is not None:
@@ -59,6 +61,10 @@ def write_generated(writing: Writing, state: BatchState, epilogue: Epilogue | No
     call = _call if writing.in_place else _operator
     value, updates = call(writing, written, x, [*text.nodes, *residual], len(state.updates))
     for update, new in zip(state.updates, updates, strict=True):
+        along = axes_of(update.dims)
+        for dim, axis in reversed(list(enumerate(text.kept()))):
+            if axis not in along:  # a mean over groups: it is the same for all of them
+                new = writing.emitter.call(aten.select.int, new, dim, 0)
         new = writing.emitter.reshape(new, list(shape_of(update.node)))
         state.replaced[update.node] = writing.cast(new, dtype_of(update.node))
     return writing.finish(value, writing.match.linear.index)
@@ -102,6 +108,7 @@ class _Text:
         self.nodes: list[fx.Node] = []
         self.tensors: dict[int, str] = {}
         self.heads: list[str] = []
+        self.means = Means(self.ring, found, self.axes)
         self.centre, self.shift = self._centred()
         self.special, self.variances, self.about_zero = self._moments()
 
@@ -117,8 +124,8 @@ class _Text:
         if self.shift.terms:
             parts.append(f"shift = {self.sum(self.shift)}")
         for place, update in enumerate(self.updates):
-            kept = [a for a in axes_of(found.linear.index) if a not in found.over]
-            if axes_of(update.dims) != kept:
+            along = axes_of(update.dims)
+            if along != [a for a in self.kept() if a in along]:
                 raise Unwritable("a buffer along other axes")
             parts.append(f"u{place} = {self.sum(update.value)}")
         if self.writing.result_dtype != dtype_of(found.linear.source):
@@ -126,11 +133,22 @@ class _Text:
         if epilogue is not None:
             parts += [epilogue.activation] + ["residual"] * (epilogue.residual is not None)
         zero = " about zero" if self.about_zero else ""
-        text = "; ".join([f"x[{self._dims()}] over {over}{zero}", *self.heads, *parts])
-        reason = check_program(text)
+        heads = [*self.heads, *self.means.texts]
+        text = "; ".join([f"x[{self._dims()}] over {over}{zero}", *heads, *parts])
+        reason = check_program(text) or self._why_no_means()
         if reason is not None:
             raise Unwritable(reason)
         return text
+
+    def kept(self) -> list[Axis]:
+        """The axes of the groups, along which updates are made."""
+        return [a for a in axes_of(self.match.linear.index) if a not in self.match.over]
+
+    def _why_no_means(self) -> str | None:
+        """Why means over groups have no kernel here; None if they have, or there are none."""
+        if self.means.texts and self.match.linear.source.meta["val"].device.type != "cpu":
+            return "no kernel of a GPU has a mean over groups"
+        return None
 
     def _dims(self) -> str:
         """The axes of the dimensions, all but one of a dimension with their sizes."""
@@ -161,8 +179,7 @@ class _Text:
         moments, stop = self.match.moments, self.ring.stop
         mean, square = moments.mean, moments.square
         updates = (update.value for update in self.updates)
-        inside = self.ring.within(self.match.linear.scale, self.centre, self.shift, *updates)
-        used = {base.id for base in inside if isinstance(base, Reduction)}
+        used = self.means.statistics(self.match.linear.scale, self.centre, self.shift, *updates)
         means = [_base(p) for p in (mean, stop(mean))]
         special: dict[int, str] = {}
         variances = []
@@ -174,7 +191,10 @@ class _Text:
             if not about_zero:
                 variance = added(second, self.ring.multiply(first, first), -1)
                 variances.append((_base(second), variance, f"V{mark}"))
-        if used - special.keys():
+            wide, further = self.means.moments(mark, change, about_zero=about_zero)
+            special |= wide
+            variances += further
+        if used - special.keys() - self.means.values.keys():
             raise Unwritable("another statistic than the mean and the variance")
         return special, variances[::-1], about_zero
 
@@ -225,6 +245,8 @@ class _Text:
         if statistic and factor.constant == 1:
             return self._term(statistic, 1)
         several = len([m for m in factor.terms if m]) > 1 or not self._is_plain(factor)
+        if exact and several and self.means.values and self._is_plain(factor):
+            several = False  # the kernel has moments with all their digits, and adds as exactly
         if several and self.ring.raw(factor):
             if exact:
                 raise Unwritable(LOST)
@@ -271,6 +293,10 @@ class _Text:
             return self._extent(base)
         if isinstance(base, Function):
             return self._function(base)
+        if isinstance(base, Reduction):
+            value = self.sum(self.means.values[base.id])
+            self.special[base.id] = self.means.define(base, value)
+            return self.special[base.id]
         assert isinstance(base, Atom)
         if base.id not in self.tensors:
             self.tensors[base.id] = self._tensor(base)

@@ -20,6 +20,7 @@ from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
 from bnrewrite.algebra.stored import path_of
 
+from .across import updates_of_means
 from .composite import write_composite
 from .counters import check_counters, count_all
 from .emitter import Reusable
@@ -143,7 +144,7 @@ def _is_plain(value: Polynomial) -> bool:
 
 def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> None:
     found = decision.match
-    state = BatchState(_updates(rewriting, found, statistics))
+    state = BatchState(_updates(rewriting, decision, statistics))
     try:
         replacement = _written(rewriting, decision, statistics, state)
     except (Unwritable, Opaque) as refusal:
@@ -178,8 +179,10 @@ def _written(
             return write_generated(writing, state, decision.epilogue)
         except (Unwritable, Opaque):
             state.replaced.clear()
-            if decision.whole is None:
+            if decision.whole is None or not found.over:
                 decision.lowering = decision.otherwise
+            if not found.over:  # they were of the groups of the kernel
+                state.updates.clear()
             decision.whole = decision.epilogue = None
     if decision.lowering == "synchronised":
         check_updates(statistics.made_of.get(found.linear.source, {}), state.updates)
@@ -224,17 +227,22 @@ def _writing(
     return Writing(rewriting.reading, found, known, sizes, layout, in_place=eager)
 
 
-def _updates(rewriting: Rewriting, found: Match, statistics: _Statistics) -> list[Update]:
+def _updates(rewriting: Rewriting, decision: Decision, statistics: _Statistics) -> list[Update]:
     """What the graph makes of a site's moments besides the norm: buffers, and returned values."""
-    reading = rewriting.reading
+    reading, found, finer = rewriting.reading, decision.match, decision.whole
     assert reading is not None
-    if not found.over:
-        return []
     candidates = statistics.made_of.get(found.linear.source, {})
+    pairs = [(buffer, value) for value, buffer in candidates.items()]
+    if found.over:
+        updates = updates_of(reading, found, pairs)
+    elif finer is not None and decision.lowering == "generated":
+        updates = updates_of_means(reading, finer, pairs)
+    else:
+        return []
     place = statistics.place
     return [
         update
-        for update in updates_of(reading, found, [(b, value) for value, b in candidates.items()])
+        for update in updates
         if all(place[s] < place[found.node] for s in reading.ring.raw(update.value))
     ]
 

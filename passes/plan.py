@@ -13,6 +13,7 @@ from bnrewrite.algebra import Match, centre
 from bnrewrite.algebra.calls import shape_of
 from bnrewrite.kernels import why_no_kernels, why_no_triton
 
+from .across import of_smallest_groups
 from .costs import choice, has_fast_norm, may_generate
 from .frozen import has_small_means
 from .native import has_native
@@ -49,7 +50,9 @@ class Plan:
                 decision.refusal = Refusal(reason, decision.match.node)
             elif decision.lowering is None:
                 decision.lowering = decision.otherwise = _lowering(rewriting, decision)
-                if _wants_kernel(rewriting, decision.match):
+                finer = of_smallest_groups(reading, decision.whole or decision.match)
+                decision.whole = finer or decision.whole
+                if _wants_kernel(rewriting, finer or decision.match):
                     cuda = decision.match.linear.source.meta["val"].device.type == "cuda"
                     reason = why_no_triton() if cuda else why_no_kernels()
                     if reason is None:

@@ -48,6 +48,18 @@ PROGRAMS = {
     ),
 }  # fmt: skip
 
+ACROSS = {  # means over groups
+    "response": (
+        "x[n c h w] over h w about zero; t0[c]; t1[c]; m0[n] = Root(N*V); "
+        "scale = t0*Root(N*V)/(m0 + 1.0e-6) + 1; shift = t1; relu"
+    ),
+    "mixture": (
+        "x[n c h w] over h w; t0[c]; t1[c]; t2[] ; m0[n] = M; m1[n] = V + (M - m0)**2; "
+        "m2[c] = M; m3[c] = V + (M - m2)**2; centre = (M + m0 + t2*m2)/(2 + t2); "
+        "scale = t0*((V + t2*m1 + m3)/(2 + t2) + 1.0e-5)**(-1/2); shift = t1; u0 = M - m0"
+    ),
+}  # fmt: skip
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "last axis outside": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),

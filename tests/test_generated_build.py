@@ -37,7 +37,7 @@ def forget() -> None:
 
 
 def answer() -> int:
-    found = library(ANSWER, "float").answer
+    found = library("the answer", "float", lambda: ANSWER).answer
     found.restype = ctypes.c_int
     return int(found())
 

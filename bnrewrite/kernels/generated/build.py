@@ -20,11 +20,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import filelock
+import sympy
 import torch
 
 PRELUDE = (Path(__file__).parent / "prelude.h").read_text()
@@ -42,29 +43,36 @@ class NoCompiler(Exception):
     """Nothing can be compiled here; the text says why."""
 
 
-def library(body: str, single: str) -> ctypes.CDLL:
-    """The compiled library of a source.
+def library(key: str, single: str, write: Callable[[], str]) -> ctypes.CDLL:
+    """The compiled library of a source, which is written only if it is not there.
 
     Args:
-        body: its functions.
+        key: what the source depends on besides this package.
         single: the type that is computed in, "float" or "double".
+        write: makes the functions of the source.
 
     Raises:
         NoCompiler: it could not be compiled, kept or loaded.
     """
-    text = f"typedef {single} acc;\n{PRELUDE}\n{body}\n"
-    path = compiled(text, FLAGS, "norm")
+
+    def whole() -> str:
+        return f"typedef {single} acc;\n{PRELUDE}\n{write()}\n"
+
+    path = compiled("\0".join([key, single, _printers()]), whole, FLAGS, "norm")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NoCompiler(f"{path} is of no use: {error}") from error
 
 
-def compiled(text: str, flags: Sequence[str], name: str, links: Sequence[str] = ()) -> Path:
+def compiled(
+    key: str, write: Callable[[], str], flags: Sequence[str], name: str, links: Sequence[str] = ()
+) -> Path:
     """The file of a compiled source, made now if it is not there.
 
     Args:
-        text: the source.
+        key: what the source depends on.
+        write: makes the source.
         flags: of the compiler.
         name: how the file's name begins.
         links: what it is linked with.
@@ -73,13 +81,13 @@ def compiled(text: str, flags: Sequence[str], name: str, links: Sequence[str] = 
         NoCompiler: it could not be compiled or kept.
     """
     command = [compiler(), *flags]
-    key = hashlib.sha256("\0".join([text, *command, *links, _machine()]).encode())
-    path = folder() / f"{name}_{key.hexdigest()[:32]}.so"
+    digest = hashlib.sha256("\0".join([key, *command, *links, _machine()]).encode())
+    path = folder() / f"{name}_{digest.hexdigest()[:32]}.so"
     try:
         if not _is_whole(path):
             with filelock.FileLock(f"{path}.lock"):
                 if not _is_whole(path):
-                    _compile(text, command, links, path)
+                    _compile(write(), command, links, path)
     except (OSError, NotImplementedError) as error:
         raise NoCompiler(f"{path} cannot be made: {error}") from error
     return path
@@ -124,7 +132,7 @@ def _own(path: Path) -> Path:
 def why_no_kernels() -> str | None:
     """Why none can be compiled and run here, found by trying; None if they can."""
     try:
-        probe = library(PROBE, "float").probe
+        probe = library(PROBE, "float", lambda: PROBE).probe
     except NoCompiler as reason:
         return str(reason)
     return None if probe() else "OpenMP has no threads"
@@ -164,6 +172,16 @@ def _compile(text: str, command: list[str], links: Sequence[str], path: Path) ->
         with made.open("ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
         os.replace(made, path)
+
+
+@cache
+def _printers() -> str:
+    """A digest of what prints sources: this folder, and what it prints with."""
+    digest = hashlib.sha256(sympy.__version__.encode())
+    for path in sorted(Path(__file__).parent.iterdir()):
+        if path.suffix in (".py", ".h"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @cache

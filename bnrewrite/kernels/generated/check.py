@@ -18,11 +18,13 @@ def check_program(text: str) -> str | None:
         return "an activation of a sum whose slope its result does not tell"
     inner = {program.symbol(i) for i in range(len(program.tensors)) if program.inside(i)}
     values = [*program.scale, *program.shift]
-    groups = [t.group for t in values] + [program.centre, *program.updates]
+    groups = [*program.of_groups(), *program.updates]
     if any(t.element.free_symbols - inner for t in values):
         return "a function of a statistic and of a tensor inside its group"
     if any(value.free_symbols & inner for value in groups):
         return "a statistic of a tensor inside its group"
+    if program.means and inner:
+        return "a mean over groups, and a tensor inside a group"
     made = gradients(text)
     elements = [t.element for t in values] + [s.element for s in made.sums]
     elements += [e for slopes in made.inside.values() for part in slopes for _, e in part]

@@ -9,6 +9,7 @@ from .pieces import decode, group_tensors, indented, offset
 from .printing import Source, Unprintable, of_elements
 
 CACHE = 65536  # elements of a task that a core's cache holds between two passes
+WIDE = 4096  # columns of a task where it does not: a thread then reads one stream
 
 
 class Columns:
@@ -51,9 +52,10 @@ class Columns:
         rows = " * ".join(f"n{i}" for i in layout.reduced if i not in self.loops) or "1"
         columns = " * ".join(f"n{i}" for i in self.loops)
         within = f"n{self.loops[-1]}" if self.several else "1"
-        wide = "columns" if self.several else (
-            f"std::min(columns, std::max(int64_t(64), {CACHE} / rows / W * W))"
-        )  # fmt: skip
+        step = "(within * W)" if self.several else "W"  # whole groups
+        least = "within" if self.several else "int64_t(64)"
+        wide = f"rows > {CACHE} / 64 ? {WIDE} : {CACHE} / rows"
+        wide = f"std::min(columns, std::max({least}, ({wide}) / {step} * {step}))"
         return [
             f"  const int64_t outside = {outside}, rows = {rows}, columns = {columns};",
             f"  const int64_t within = {within}, groups = outside * (columns / within);",

@@ -38,7 +38,6 @@ def backward(source: Source) -> list[str]:
         *[f"add(row{i}[k], row{i}_rest[k], V({inside(source, i, names)}));" for i in of_row],
         *element.residual_gradient(),
     ]
-    kept = [f"store({name} + q, V(load<V>({name} + q) + {name}_here));" for name in lanes]
     by_row = [
         f"for (int64_t k = 0; k < tall; ++k) {{ to{i}[row + k] += total(row{i}[k], row{i}_rest[k]);"
         f" row{i}[k] = vec{{}}; row{i}_rest[k] = 0; }}"
@@ -55,7 +54,7 @@ def backward(source: Source) -> list[str]:
         "}",
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *columns.head(),
         f"  const int64_t sums = {max(len(lanes), 1)}, space = {len(columns.arrays)} * wide;",
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],
@@ -71,6 +70,36 @@ def backward(source: Source) -> list[str]:
         *columns.pointers("    "),
         *columns.each_group(prepared),
         "  };",
+        *collecting(columns, lanes, loads, collected, of_row, by_row),
+        "  auto finish = [&](int64_t task, const double *totals, acc *values) {",
+        *columns.task(),
+        *columns.pointers("    "),
+        *columns.each_group(_finished(columns, lanes, group_sums, of_column, of_group)),
+        "  };",
+        "  auto apply = [&](int64_t task, int64_t begin, int64_t end, acc *values) {",
+        "    if (dx == nullptr) return;",
+        *columns.task(),
+        *columns.pointers("    "),
+        "    int64_t row = begin;",
+        *indented(columns.sweep("end", written, head=columns.loads()), 4),
+        "  };",
+        *_driver(),
+        *scattered(columns, of_group, list(of_column), of_row),
+        "}",
+    ]
+
+
+def collecting(
+    columns: Columns,
+    lanes: list[str],
+    loads: list[str],
+    collected: list[str],
+    of_row: list[int],
+    by_row: list[str],
+) -> list[str]:
+    """The function that adds up the sums of the columns of a task."""
+    kept = [f"store({name} + q, V(load<V>({name} + q) + {name}_here));" for name in lanes]
+    return [
         "  auto collect = [&](int64_t task, int64_t begin, int64_t end, acc *values, double"
         " *totals, acc *scratch) {",
         *columns.task(),
@@ -96,21 +125,6 @@ def backward(source: Source) -> list[str]:
         " 0; }",
         "    }",
         "  };",
-        "  auto finish = [&](int64_t task, const double *totals, acc *values) {",
-        *columns.task(),
-        *columns.pointers("    "),
-        *columns.each_group(_finished(columns, lanes, group_sums, of_column, of_group)),
-        "  };",
-        "  auto apply = [&](int64_t task, int64_t begin, int64_t end, acc *values) {",
-        "    if (dx == nullptr) return;",
-        *columns.task(),
-        *columns.pointers("    "),
-        "    int64_t row = begin;",
-        *indented(columns.sweep("end", written, head=columns.loads()), 4),
-        "  };",
-        *_driver(),
-        *_scattered(columns, of_group, list(of_column), of_row),
-        "}",
     ]
 
 
@@ -192,7 +206,7 @@ def _driver() -> list[str]:
     ]
 
 
-def _scattered(
+def scattered(
     columns: Columns, of_group: list[int], of_column: list[int], of_row: list[int]
 ) -> list[str]:
     """What groups, columns and rows add to tensors."""

@@ -11,6 +11,18 @@ from .column_gradients import backward
 from .pieces import indented, moments, updates
 from .printing import Source
 
+PARTS = (  # the moments of a task from those of its parts
+    "    for (int64_t q = 0; q < wide; ++q) {",
+    "      double count = double(rows / parts), mean = means0[q], spread = spreads0[q];",
+    "      for (int64_t part = 1; part < parts; ++part) {",
+    "        const int64_t n = rows * (part + 1) / parts - rows * part / parts;",
+    "        merge(count, mean, spread, double(n), means0[part * wide + q], 0, 0);",
+    "        spread += spreads0[part * wide + q];",
+    "      }",
+    "      means0[q] = mean; spreads0[q] = spread;",
+    "    }",
+)
+
 
 def columns_source(source: Source) -> str:
     """The functions ``forward`` and ``backward``."""
@@ -20,23 +32,16 @@ def columns_source(source: Source) -> str:
 def _forward(source: Source) -> list[str]:
     columns = Columns(source)
     zero = source.program.about_zero
-    together = (
-        "  spread += spreads[q];"
-        if zero
-        else "  merge(count, mean, spread, double(rows), means[q], 0, 0), spread += spreads[q];"
-    )
     finished = [
-        "double count = 0, mean = 0, spread = 0; (void)count; (void)mean;",
-        "for (int64_t q = first; q < first + within; ++q)",
-        together,
+        *merged(zero),
         *moments(source, "mean", "spread"),
         *columns.fill(columns.of_group),
         *updates(source),
     ]
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *columns.head(),
-        *_measure(columns, zero),
+        *measured(columns, zero),
         "  auto finish = [&](int64_t task, const double *means, const double *spreads, acc"
         " *values) {",
         *columns.task(),
@@ -58,6 +63,20 @@ def _forward(source: Source) -> list[str]:
         "  };",
         *_driver(len(columns.arrays)),
         "}",
+    ]
+
+
+def merged(zero: bool) -> list[str]:
+    """The moments of a group from those of its columns."""
+    together = (
+        "  spread += spreads[q];"
+        if zero
+        else "  merge(count, mean, spread, double(rows), means[q], 0, 0), spread += spreads[q];"
+    )
+    return [
+        "double count = 0, mean = 0, spread = 0; (void)count; (void)mean;",
+        "for (int64_t q = first; q < first + within; ++q)",
+        together,
     ]
 
 
@@ -92,15 +111,7 @@ def _driver(arrays: int) -> list[str]:
         "  for (int64_t task = 0; task < tasks; ++task) {",
         "    double *means0 = means.data() + task * parts * wide, *spreads0 = spreads.data() +"
         " task * parts * wide;",
-        "    for (int64_t q = 0; q < wide; ++q) {",
-        "      double count = double(rows / parts), mean = means0[q], spread = spreads0[q];",
-        "      for (int64_t part = 1; part < parts; ++part) {",
-        "        const int64_t n = rows * (part + 1) / parts - rows * part / parts;",
-        "        merge(count, mean, spread, double(n), means0[part * wide + q], 0, 0);",
-        "        spread += spreads0[part * wide + q];",
-        "      }",
-        "      means0[q] = mean; spreads0[q] = spread;",
-        "    }",
+        *PARTS,
         "    finish(task, means0, spreads0, values.data() + task * space);",
         "  }",
         "#pragma omp parallel for schedule(static) num_threads(threads)",
@@ -112,7 +123,7 @@ def _driver(arrays: int) -> list[str]:
     ]
 
 
-def _measure(columns: Columns, zero: bool) -> list[str]:
+def measured(columns: Columns, zero: bool) -> list[str]:
     """The moments of the columns of a task over some rows."""
     pivot = [
         "    const int64_t few = std::min(end - begin, ROWS);",

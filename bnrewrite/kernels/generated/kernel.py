@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,14 +17,22 @@ from .activations import activation
 from .arranged import FLOATING, Order, dtype_of_moments, fits, order_of, order_of_groups
 from .build import NoCompiler, library
 from .columns import columns_source
+from .columns_across import columns_across_source
 from .functions import functions_source
 from .layout import arrange
 from .printing import Source, Unprintable
 from .program import parse
 from .rows import rows_source
+from .rows_across import rows_across_source
 
 logger = logging.getLogger(__name__)
 
+PRINTED = {  # by columns, by means over groups
+    (False, False): rows_source,
+    (True, False): columns_source,
+    (False, True): rows_across_source,
+    (True, True): columns_across_source,
+}
 SMALL = 32768  # elements for which another thread is worth its start
 
 
@@ -102,6 +110,8 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
     functions = compiled_functions(source)
     if functions is None:
         return None
+    functions.firm.restype = ctypes.c_char_p
+    firm = [int(number) for number in functions.firm().split()]
     sizes = program.axis_sizes(x.shape)
     groups = [n for loop, n in zip(layout.loops, lengths, strict=True) if not loop.reduced]
     orders = (order_of(own, layout.order(i), sizes) for i, own in enumerate(program.tensors))
@@ -113,31 +123,37 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         extents=list(sizes.values()),
         threads=-(-x.numel() // SMALL),
         groups=math.prod(groups),
-        saved=1 if program.about_zero else 2,
+        saved=len(source.moments()) * (2 if program.means else 1),
         orders=tuple(orders),
         kept=order_of_groups(program, layout, sizes),
         single=dtype_of_moments(program, x.dtype, [t.dtype for t in tensors]),
         result=result,
         free=tuple(source.free()),
         used=tuple(source.used()),
-        firm=tuple(source.firm()),
-        copied=tuple(source.copied()),
+        firm=tuple(firm),
+        copied=tuple(source.copied(firm)),
         updates=len(program.updates),
         residual=program.residual,
     )
 
 
-@cache
+@functools.cache
 def compiled_functions(source: Source) -> ctypes.CDLL | None:
     """What a source is compiled to, once in a process, whatever the sizes; None for nothing."""
     try:
-        body = columns_source(source) if source.layout.columns else rows_source(source)
-        found = activation(source.program.activation)
-        if found is not None and found.formula is not None:
-            body = functions_source(found.formula, source.single) + body
-        return library(body, source.single)
+        return library(source.key(), source.single, functools.partial(_printed, source))
     except Unprintable:
         return None
     except NoCompiler as reason:
         logger.warning("a norm runs without a kernel of its own: %s", reason)
         return None
+
+
+def _printed(source: Source) -> str:
+    """The functions of a source, and one that tells on which tensors its gradients depend."""
+    body = PRINTED[bool(source.layout.columns), bool(source.program.means)](source)
+    body += f'\nextern "C" const char *firm() {{ return "{" ".join(map(str, source.firm()))}"; }}'
+    found = activation(source.program.activation)
+    if found is None or found.formula is None:
+        return body
+    return functions_source(found.formula, source.single) + body

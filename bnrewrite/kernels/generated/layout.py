@@ -1,7 +1,7 @@
 """How a program runs over a tensor in memory: its axes as loops, from the outermost to the densest.
 
 Axes that lie next to each other, are both reduced or both kept, and along which the same tensors
-run, are one loop. The densest loop decides the form:
+and means over groups run, are one loop. The densest loop decides the form:
 
     rows      it is reduced: each group is made of dense rows
     columns   it is kept, or so short that the columns of several groups are read at once
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .program import Program
 
@@ -25,6 +25,7 @@ class Loop:
     axes: tuple[str, ...]
     reduced: bool
     tensors: frozenset[int]  # which run along it
+    means: frozenset[int] = frozenset()  # over groups: which do
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Layout:
         """The loops over groups outside of the columns."""
         last = len(self.loops) - self.columns
         return [i for i in range(last) if not self.loops[i].reduced]
+
+    def apart(self, means: int) -> int:
+        """How many of the outermost of these loops all means over groups run along."""
+        count = 0
+        while count < len(self.kept) and len(self.loops[self.kept[count]].means) == means:
+            count += 1
+        return count
 
     @property
     def reduced(self) -> list[int]:
@@ -80,12 +88,13 @@ def arrange(
     lengths: list[int] = []
     for _, axis, size in kept:
         runs = frozenset(i for i, own in enumerate(program.tensors) if axis in own)
-        reduced = axis in program.over
-        if loops and loops[-1].reduced == reduced and loops[-1].tensors == runs:
-            loops[-1] = Loop((*loops[-1].axes, axis), reduced, runs)
+        means = frozenset(i for i, mean in enumerate(program.means) if axis in mean.axes)
+        loop = Loop((axis,), axis in program.over, runs, means)
+        if loops and replace(loops[-1], axes=loop.axes) == loop:
+            loops[-1] = replace(loop, axes=(*loops[-1].axes, axis))
             lengths[-1] *= size
         else:
-            loops.append(Loop((axis,), reduced, runs))
+            loops.append(loop)
             lengths.append(size)
     if not any(loop.reduced for loop in loops):
         loops.append(Loop((), True, frozenset()))

@@ -85,13 +85,19 @@ def group_tensors(source: Source, numbers: list[int], only: list[int]) -> list[s
 
 
 def moments(source: Source, mean: str, spread: str) -> list[str]:
-    """M and V of a group, kept for the backward."""
+    """M and V of a group, kept for the backward; where others need them, with all digits."""
     if source.program.about_zero:
-        return [f"const double M = 0, V = {spread} / N;", "moments[group] = acc(V);"]
-    return [
-        f"const double M = {mean}, V = {spread} > 0 || {spread} != {spread} ? {spread} / N : 0;",
-        "moments[group] = acc(M); moments[groups + group] = acc(V);",
-    ]
+        found = f"const double M = 0, V = {spread} / N;"
+    else:
+        found = (
+            f"const double M = {mean}, V = {spread} > 0 || {spread} != {spread} ? {spread} / N : 0;"
+        )
+    kept = source.moments()
+    lines = [found, *[f"moments[{at}group] = acc({name});" for name, at in kept]]
+    if source.program.means:
+        rests = [(name, f"(groups * {len(kept)} + {at}group)") for name, at in kept]
+        lines += [f"moments[{at}] = rounded_off({name});" for name, at in rests]
+    return lines
 
 
 def updates(source: Source) -> list[str]:

@@ -6,6 +6,9 @@
 #include <type_traits>
 #include <vector>
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -144,6 +147,21 @@ inline double total(vec lanes, finer rest) {
   return double(((last[0] + last[1]) + (last[2] + last[3])) + rest);
 }
 
+// Asks for large pages for a result that is written next. What is larger than this, the C library
+// takes from the system anew (mallopt(3)), and to be given it in pages of 4 KiB takes longer than to
+// write the numbers.
+constexpr uintptr_t ANEW = uintptr_t(32) << 20;
+
+template <class T>
+inline void in_large_pages(T *result, int64_t size) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (uintptr_t(result) + page - 1) / page * page;
+  const uintptr_t end = uintptr_t(result + size) / page * page;
+  if (result != nullptr && begin + ANEW < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // The numbers from `begin` to `end`, a vector at a time and then one by one.
 template <class Body>
 inline void each(int64_t begin, int64_t end, Body body) {
@@ -152,29 +170,58 @@ inline void each(int64_t begin, int64_t end, Body body) {
   for (; j < end; ++j) body(acc{}, j);
 }
 
+// The same from 0 where a number may be computed twice: the last vector reaches back.
+template <class Body>
+inline void each_again(int64_t end, Body body) {
+  int64_t j = 0;
+  for (; j + W <= end; j += W) body(vec{}, j);
+  if (j < end && end >= W) body(vec{}, end - W), j = end;
+  for (; j < end; ++j) body(acc{}, j);
+}
+
 // The same for sums: SLOTS of them grow side by side, as one alone would wait for each addition.
+// The last vector may reach back from where the sums begin; only its last lanes are new.
 constexpr int SLOTS = 4;
 typedef vec slots[SLOTS];
+typedef std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t> lane;
+typedef lane lane_numbers __attribute__((vector_size(W * sizeof(lane))));
+
+template <int slot>
+struct Whole {};
+struct Last {
+  lane_numbers is_new;
+};
 
 template <class Body>
 inline void each_summed(int64_t begin, int64_t end, Body body) {
   int64_t j = begin;
   for (; j + SLOTS * W <= end; j += SLOTS * W) {
-    body(vec{}, j, std::integral_constant<int, 0>{});
-    body(vec{}, j + W, std::integral_constant<int, 1>{});
-    body(vec{}, j + 2 * W, std::integral_constant<int, 2>{});
-    body(vec{}, j + 3 * W, std::integral_constant<int, 3>{});
+    body(vec{}, j, Whole<0>{});
+    body(vec{}, j + W, Whole<1>{});
+    body(vec{}, j + 2 * W, Whole<2>{});
+    body(vec{}, j + 3 * W, Whole<3>{});
   }
-  for (; j + W <= end; j += W) body(vec{}, j, std::integral_constant<int, 0>{});
-  for (; j < end; ++j) body(acc{}, j, std::integral_constant<int, 0>{});
+  for (; j + W <= end; j += W) body(vec{}, j, Whole<0>{});
+  if (j < end && end >= W) {
+    constexpr lane_numbers order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    body(vec{}, end - W, Last{order >= lane(W - (end - j))});
+    j = end;
+  }
+  for (; j < end; ++j) body(acc{}, j, Whole<0>{});
 }
 
+// What is new of a value; the rest is zero.
+template <class V, int slot>
+inline V fresh(V value, Whole<slot>) { return value; }
+inline vec fresh(vec value, Last last) { return last.is_new ? value : vec{}; }
+
 // Adds a number or vector to a sum; single numbers may be many, where rows are short.
-template <class V>
-inline void add(slots &lanes, finer &rest, V value, int slot) {
+template <class V, int slot>
+inline void add(slots &lanes, finer &rest, V value, Whole<slot>) {
   if constexpr (std::is_same_v<V, vec>) lanes[slot] += value;
   else rest += value;
 }
+inline void add(slots &lanes, finer &, vec value, Last last) { lanes[1] += fresh(value, last); }
 
 inline double total(const slots &lanes, finer rest) {
   return total((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]), rest);
@@ -205,6 +252,11 @@ inline void merge(double &count, double &mean, double &spread, double n, double 
   mean = between(mean, block, distance, n / both);
   spread += (squares - sum * (sum / n)) + distance * distance * (count * (n / both));
   count = both;
+}
+
+// What is left of a number where its single precision is subtracted.
+inline acc rounded_off(double value) {
+  return std::isfinite(acc(value)) ? acc(value - double(acc(value))) : acc(0);
 }
 
 inline double larger(double a, double bound) { return a < bound ? bound : a; }

@@ -105,6 +105,11 @@ class Source:
     layout: Layout
     dtypes: tuple[str, ...]
 
+    def key(self) -> str:
+        """All of it as a text that is the same in every process."""
+        loops = [(loop.axes, loop.reduced, sorted(loop.tensors)) for loop in self.layout.loops]
+        return repr((self.text, loops, self.layout.columns, self.dtypes))
+
     @property
     def program(self) -> Program:
         """The program of the text."""
@@ -128,15 +133,16 @@ class Source:
     def used(self) -> list[int]:
         """The tensors that a backward reads: all but those of updates alone."""
         program = self.program
-        values = [program.centre]
-        values += [v for t in (*program.scale, *program.shift) for v in (t.group, t.element)]
+        values = program.of_groups()
+        values += [term.element for term in (*program.scale, *program.shift)]
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
     def firm(self) -> list[int]:
         """The tensors on whose values a gradient depends: a bias is none."""
         program, made = self.program, self.gradients
-        values = [program.centre, made.mean, made.variance, *made.groups.values()]
+        values = [program.centre, made.mean, made.variance, *made.means, *made.groups.values()]
+        values += [mean.value for mean in program.means]
         values += [each.element for each in made.sums]
         values += [value for term in program.scale for value in (term.group, term.element)]
         for slopes in made.inside.values():
@@ -145,13 +151,13 @@ class Source:
         symbols = {symbol for value in values for symbol in value.free_symbols}
         return [i for i in range(len(program.tensors)) if program.symbol(i) in symbols]
 
-    def copied(self) -> list[int]:
+    def copied(self, firm: Sequence[int]) -> list[int]:
         """The tensors of which a copy is saved: any may change before the backward of user's code.
 
         Buffers; a bias whose activation is masked; and a weight that is no factor itself, as in
         ``y * (1 + w)``: autograd keeps the sum.
         """
-        program, free, firm = self.program, self.free(), self.firm()
+        program, free = self.program, self.free()
         masks = bool(program.activation) and not program.residual
         return [
             i
@@ -161,10 +167,12 @@ class Source:
 
     def multiplies(self, number: int) -> bool:
         """Whether the scale is a tensor times what is free of it, without a number in front."""
-        if len(self.program.scale) != 1:
+        symbol = self.program.symbol(number)
+        averaged = any(symbol in mean.value.free_symbols for mean in self.program.means)
+        if len(self.program.scale) != 1 or averaged:
             return False
         (term,) = self.program.scale
-        symbol, scale = self.program.symbol(number), term.group * term.element
+        scale = term.group * term.element
         coefficient, rest = (scale / symbol).as_coeff_Mul()
         return bool(coefficient == 1) and symbol not in rest.free_symbols
 
@@ -176,8 +184,16 @@ class Source:
         """How many elements a tensor has."""
         return " * ".join(f"n{loop}" for loop in self.runs(number)) or "1"
 
-    def signature(self, name: str, pointers: Sequence[tuple[str, str]]) -> str:
-        """The head of a function: what it points to, the lengths of its loops, the extents."""
+    def signature(
+        self, name: str, pointers: Sequence[tuple[str, str]], results: Sequence[str]
+    ) -> str:
+        """The head of a function: what it points to, the lengths of its loops, the extents.
+
+        Args:
+            name: of the function.
+            pointers: types and names.
+            results: those to tensors like x that it writes.
+        """
         loops = range(len(self.layout.loops))
         lines = [
             f'extern "C" void {name}(void **given, const double *extents, const int64_t *size,'
@@ -189,6 +205,8 @@ class Source:
         for i in loops:
             inner = " * ".join([f"n{j}" for j in loops if j > i])
             lines.append(f"  const int64_t s{i} = {inner or '1'};")
+        size = " * ".join(f"n{i}" for i in loops)
+        lines += [f"  in_large_pages({result}, {size});" for result in results]
         named = enumerate(self.program.extents())
         lines += [f"  const double {name} = extents[{i}]; (void){name};" for i, name in named]
         return "\n".join(lines)
@@ -274,13 +292,20 @@ class Source:
 
     def statistics(self, index: str, count: str) -> list[str]:
         """M and V of a group from what was saved."""
-        if self.program.about_zero:
-            return [f"const double V = moments[{index}], M = 0;"]
-        return [f"const double M = moments[{index}], V = moments[{count} + {index}];"]
+        kept = self.moments(count)
+        lines = ["const double M = 0;"] if self.program.about_zero else []
+        for name, at in kept:
+            rest = f" + double(moments[{count} * {len(kept)} + {at}{index}])"
+            value = f"moments[{at}{index}]{rest if self.program.means else ''}"
+            lines.append(f"const double {name} = {value};")
+        return lines
+
+    def moments(self, count: str = "groups") -> list[tuple[str, str]]:
+        """The moments that are saved, and where those of the first group lie."""
+        return [("V", "")] if self.program.about_zero else [("M", ""), ("V", f"{count} + ")]
 
     def stopped(self) -> list[str]:
         """The moments through which no gradient flows are the moments."""
-        used = {s for t in (*self.program.scale, *self.program.shift) for s in t.group.free_symbols}
-        used |= self.program.centre.free_symbols
+        used = {s for value in self.program.of_groups() for s in value.free_symbols}
         used |= {s for u in self.program.updates for s in u.free_symbols}
         return [f"const double {a} = {b};" for a, b in ((Ms, M), (Vs, V)) if a in used]

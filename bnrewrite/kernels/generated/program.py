@@ -8,8 +8,10 @@ V = E[(x - M)^2] over n, h and w of each c. The words:
     x[n (g c) h]         the axes of the dimensions; ``(g=4 c)`` is one dimension of 4 groups
     over ...             the reduced axes; ``over ... about zero`` takes M = 0 and V = E[x^2]
     t0[c]                a tensor along axes; ``t0[c] fixed`` takes no gradient
-    centre, scale, shift expressions in M, V, the tensors, N, the number of reduced elements, and
-                         Na, Nb, ..., the extents of the axes a, b, ...;
+    m0[n] = ...          the mean of an expression of a group over the groups with the same n; it
+                         may stand in what follows
+    centre, scale, shift expressions in M, V, the tensors, the means m0, m1, ..., the number N of
+                         reduced elements, and Na, Nb, ..., the extents of the axes a, b, ...;
                          ``Ms`` and ``Vs`` are moments through which no gradient flows
     u0 = ...             further values of each group, as buffers take: no gradient flows to them
     relu | relu6 | leaky_relu 0.01 | silu | gelu | gelu_tanh | sigmoid | tanh
@@ -89,6 +91,14 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """The mean of a value of each group over all groups that lie at the same place of some axes."""
+
+    axes: tuple[str, ...]
+    value: sympy.Expr
+
+
+@dataclass(frozen=True)
 class Program:
     """What a text says.
 
@@ -99,6 +109,7 @@ class Program:
         about_zero: M is 0 and V is E[x^2].
         tensors: the axes of t0, t1, ...
         fixed: the numbers of the tensors that take no gradient, those of updates alone included.
+        means: over groups; each may be made of those before.
         centre: of each group.
         scale: its terms; they are added.
         shift: its terms.
@@ -114,6 +125,7 @@ class Program:
     about_zero: bool
     tensors: tuple[tuple[str, ...], ...]
     fixed: frozenset[int]
+    means: tuple[Mean, ...]
     centre: sympy.Expr
     scale: tuple[Term, ...]
     shift: tuple[Term, ...]
@@ -125,6 +137,15 @@ class Program:
     def symbol(self, number: int) -> sympy.Symbol:
         """The symbol of a tensor."""
         return sympy.Symbol(f"t{number}", real=True)
+
+    def mean(self, number: int) -> sympy.Symbol:
+        """The symbol of a mean over groups."""
+        return sympy.Symbol(f"m{number}", real=True)
+
+    def of_groups(self) -> list[sympy.Expr]:
+        """What the gradients of a group come through: its centre, its factors and its means."""
+        terms = [term.group for term in (*self.scale, *self.shift)]
+        return [self.centre, *terms, *(mean.value for mean in self.means)]
 
     def extents(self) -> list[sympy.Symbol]:
         """The symbols of the extents of all axes."""
@@ -171,12 +192,15 @@ def parse(text: str) -> Program:
     fixed: set[int] = set()
     named: dict[str, str] = {"centre": "0", "scale": "1", "shift": "0"}
     updates: list[str] = []
+    averaged: list[tuple[tuple[str, ...], str]] = []
     activation, residual, dtype = "", False, None
     for part in parts:
         if tensor := re.fullmatch(r"t(\d+)\[(.*)\]( fixed)?", part):
             if tensor[3]:
                 fixed.add(len(tensors))
             tensors.append(tuple(tensor[2].split()))
+        elif mean := re.fullmatch(r"m\d+\[(.*?)\] = (.*)", part):
+            averaged.append((tuple(mean[1].split()), mean[2]))
         elif read_activation(part) is not None:
             activation = part
         elif part == "residual":
@@ -192,18 +216,21 @@ def parse(text: str) -> Program:
     symbols: dict[str, Any] = {"M": M, "V": V, "Ms": Ms, "Vs": Vs, "N": N, **FUNCTIONS}
     symbols |= {f"N{a}": sympy.Symbol(f"N{a}", positive=True) for dim in dims for a in dim}
     symbols |= {f"t{i}": sympy.Symbol(f"t{i}", real=True) for i in range(len(tensors))}
+    symbols |= {f"m{i}": sympy.Symbol(f"m{i}", real=True) for i in range(len(averaged))}
     inner = {symbols[f"t{i}"] for i, axes in enumerate(tensors) if not over.isdisjoint(axes)}
 
     def read(expression: str) -> sympy.Expr:
         return sympy.parse_expr(expression, local_dict=symbols)
 
     centre, scale, shift = (read(named[name]) for name in ("centre", "scale", "shift"))
-    used = centre.free_symbols | scale.free_symbols | shift.free_symbols
+    means = tuple(Mean(axes, read(value)) for axes, value in averaged)
+    values = (centre, scale, shift, *(mean.value for mean in means))
+    used = {symbol for value in values for symbol in value.free_symbols}
     fixed |= {i for i in range(len(tensors)) if symbols[f"t{i}"] not in used}
     return Program(
-        dims, sizes, over, bool(match[3]), tuple(tensors), frozenset(fixed), centre,
-        _terms(scale, inner), _terms(shift, inner), tuple(map(read, updates)), activation, residual,
-        dtype,
+        dims, sizes, over, bool(match[3]), tuple(tensors), frozenset(fixed), means,
+        centre, _terms(scale, inner), _terms(shift, inner), tuple(map(read, updates)), activation,
+        residual, dtype,
     )  # fmt: skip
 
 

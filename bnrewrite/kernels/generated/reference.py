@@ -64,9 +64,12 @@ def reference(
     count = 1
     for i in over:
         count = count * split.shape[i]
-    scale, shift, centre, *new = _functions(text)
+    (scale, shift, centre, *new), averages = _functions(text)
     extents = [sizes[axis] for axis in axes]
-    given = (mean, variance, mean.detach(), variance.detach(), count, *extents, *values)
+    given = [mean, variance, mean.detach(), variance.detach(), count, *extents, *values]
+    for average, made_of in zip(program.means, averages, strict=True):
+        gone = [i for i, axis in enumerate(axes) if axis not in average.axes]
+        given.append(made_of(*given).mean(gone, keepdim=True))
     y = scale(*given) * (split - centre(*given)) + shift(*given)
     y = y.reshape(x.shape)
     if residual is not None:
@@ -98,28 +101,23 @@ def _laid_out(y: Tensor, x: Tensor) -> Tensor:
 
 
 @cache
-def _functions(text: str) -> tuple[Any, ...]:
+def _functions(text: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     program = parse(text)
-    symbols = [
-        M,
-        V,
-        Ms,
-        Vs,
-        N,
-        *program.extents(),
-        *(program.symbol(i) for i in range(len(program.tensors))),
-    ]
+    tensors = [program.symbol(i) for i in range(len(program.tensors))]
+    averages = [program.mean(i) for i in range(len(program.means))]
+    symbols = [M, V, Ms, Vs, N, *program.extents(), *tensors, *averages]
 
-    def made(value: sympy.Expr) -> Any:
-        return sympy.lambdify(symbols, value, modules=[_FUNCTIONS, "math"], cse=True)
+    def made(value: sympy.Expr, known: int = 0) -> Any:
+        names = symbols[: len(symbols) - known]
+        return sympy.lambdify(names, value, modules=[_FUNCTIONS, "math"], cse=True)
 
     def added(terms: Any) -> sympy.Expr:
         return sympy.Add(*(t.group * t.element for t in terms))
 
-    return (
-        made(added(program.scale)), made(added(program.shift)), made(program.centre),
-        *map(made, program.updates),
-    )  # fmt: skip
+    values = [added(program.scale), added(program.shift), program.centre, *program.updates]
+    left = len(averages)
+    means = [made(mean.value, left - i) for i, mean in enumerate(program.means)]
+    return tuple(map(made, values)), tuple(means)
 
 
 def _placed(tensor: Tensor, own: tuple[str, ...], axes: list[str], sizes: dict[str, Any]) -> Tensor:

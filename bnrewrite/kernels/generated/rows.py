@@ -26,11 +26,11 @@ from .printing import Source
 
 def rows_source(source: Source) -> str:
     """The functions ``forward`` and ``backward``."""
-    rows = _Rows(source)
+    rows = Rows(source)
     return "\n".join([*_forward(rows), "", *_backward(rows)])
 
 
-class _Rows:
+class Rows:
     """The loops, and where the tensors are read: for each group, each row, or each element."""
 
     def __init__(self, source: Source) -> None:
@@ -45,15 +45,32 @@ class _Rows:
         self.element = Element(source, "at + j", source.affine())
 
     def head(self) -> list[str]:
-        """The lengths, and how far ahead of a first pass memory is asked for."""
+        """The lengths, and how many rows ahead memory is asked for."""
         groups = " * ".join([f"n{i}" for i in self.source.layout.kept]) or "1"
         outer = " * ".join([f"n{i}" for i in self.reduced]) or "1"
-        apart = f"s{self.reduced[-1]}" if self.reduced else "FAR"  # short rows: the next one
-        ahead = f"length < FAR && {apart} > FAR ? {apart} : FAR"
         return [
             f"  const int64_t groups = {groups}, length = n{self.last}, outer = {outer};",
-            f"  const int64_t ahead = {ahead}; (void)ahead;",
             "  const double N = double(outer) * length; (void)N;",
+            "  const int64_t lead = outer == 1 || length > 2 * FAR ? 0"
+            " : std::min(outer, (FAR + length - 1) / length); (void)lead;",
+            "  auto place = [&](int64_t row) {",
+            *decode(self.reduced, "row", "    "),
+            f"    return {offset(self.reduced)};",
+            "  };",
+        ]
+
+    def group(self) -> list[str]:
+        """Where a group lies, and how far from it the next one."""
+        kept = self.source.layout.kept
+        return [
+            "auto start = [&](int64_t group) {",
+            *decode(kept, "group", "  "),
+            f"  return {offset(kept)};",
+            "};",
+            *decode(kept, "group", ""),
+            f"const int64_t base = {offset(kept)};",
+            "const int64_t following = group + 1 < groups ? start(group + 1) - base : 0;",
+            "(void)following;",
         ]
 
     def each_row(self, body: list[str]) -> list[str]:
@@ -64,6 +81,19 @@ class _Rows:
             f"  const int64_t at = base + {offset(self.reduced)};",
             *indented(body, 2),
             "}",
+        ]
+
+    def lead(self) -> list[str]:
+        """How far from an element the one lies that is read ``FAR`` elements later.
+
+        Short rows that lie apart are no stream that a processor sees by itself: some rows later, in
+        the next group behind the last one.
+        """
+        return [
+            "const int64_t later = row + lead;",
+            "const int64_t ahead = lead == 0 ? FAR : later < outer ? place(later) - place(row)",
+            "    : following + place(later - outer) - place(row);",
+            "(void)ahead;",
         ]
 
     def row_tensors(self) -> list[str]:
@@ -82,8 +112,9 @@ class _Rows:
         """A loop over the elements of a group."""
         return self.each_row(
             [
+                *self.lead(),
                 *self.row_tensors(),
-                "each(0, length, [&](auto tag, int64_t j) {",
+                "each_again(length, [&](auto tag, int64_t j) {",
                 "  using V = decltype(tag);",
                 *indented([*self.element_tensors(), *body], 2),
                 "});",
@@ -98,7 +129,7 @@ class _Rows:
         blocks = [
             "for (int64_t begin = 0; begin < length; begin += BLOCK) {",
             "  const int64_t end = begin + BLOCK < length ? begin + BLOCK : length;",
-            "  each_summed(begin, end, [&](auto tag, int64_t j, auto slot) {",
+            "  each_summed(begin, end, [&](auto tag, int64_t j, auto part) {",
             "    using V = decltype(tag);",
             *indented(body, 4),
             "  });",
@@ -109,23 +140,22 @@ class _Rows:
         last = ["if (n > 0) {", "  const int64_t row = 0; (void)row;", *end, "}"]
         return [
             "int64_t n = 0;",
-            *self.each_row([*start, *blocks, *(["{", *end, "}"] if by_row else [])]),
+            *self.each_row([*self.lead(), *start, *blocks, *(["{", *end, "}"] if by_row else [])]),
             *([] if by_row else last),
         ]
 
 
-def _forward(rows: _Rows) -> list[str]:
+def _forward(rows: Rows) -> list[str]:
     source = rows.source
     return [
-        source.signature("forward", source.forward_arguments()),
+        source.signature("forward", source.forward_arguments(), ["y"]),
         *rows.head(),
         "#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)",
         "  for (int64_t group = 0; group < groups; ++group) {",
-        *decode(source.layout.kept, "group", "    "),
-        f"    const int64_t base = {offset(source.layout.kept)};",
         *indented(
             [
-                *_moments(rows),
+                *rows.group(),
+                *measured(rows),
                 *source.stopped(),
                 *group_tensors(source, rows.of_group, rows.of_group),
                 *source.coefficients(),
@@ -140,16 +170,17 @@ def _forward(rows: _Rows) -> list[str]:
     ]
 
 
-def _moments(rows: _Rows) -> list[str]:
+def measured(rows: Rows) -> list[str]:
+    """M and V of a group, kept for the backward."""
     zero = rows.source.program.about_zero
     first = [
         "acc pivot = load<acc>(x + base);",
         "{",
         "  slots lanes{}; finer rest = 0;",
         "  const int64_t end = length < BLOCK ? length : BLOCK;",
-        "  each_summed(0, end, [&](auto tag, int64_t j, auto slot) {",
+        "  each_summed(0, end, [&](auto tag, int64_t j, auto part) {",
         "    using V = decltype(tag);",
-        "    add(lanes, rest, V(load<V>(x + base + j) - pivot), slot);",
+        "    add(lanes, rest, V(load<V>(x + base + j) - pivot), part);",
         "  });",
         "  pivot = pivot_at(pivot + total(lanes, rest) / end);",
         "}",
@@ -165,8 +196,8 @@ def _moments(rows: _Rows) -> list[str]:
     body = [
         *rows.element.fetched("x"),
         "const V d = load<V>(x + at + j) - pivot;",
-        *([] if zero else ["add(lanes, rest, d, slot);"]),
-        "add(squares, rest2, V(d * d), slot);",
+        *([] if zero else ["add(lanes, rest, d, part);"]),
+        "add(squares, rest2, V(d * d), part);",
     ]
     return [
         *first,
@@ -179,7 +210,7 @@ def _moments(rows: _Rows) -> list[str]:
     ]
 
 
-def _backward(rows: _Rows) -> list[str]:
+def _backward(rows: Rows) -> list[str]:
     source, element = rows.source, rows.element
     free = source.free()
     sums = Sums(source, rows.of_element, rows.of_row)
@@ -188,9 +219,10 @@ def _backward(rows: _Rows) -> list[str]:
     of_element = [i for i in rows.of_element if i in free]
     of_group = [i for i in rows.of_group if i in free]
     lanes = list(sums.lanes.values())
-    adds = [f"add({name}, {name}_rest, V({term}), slot);" for name, term in sums.terms()]
+    adds = [f"add({name}, {name}_rest, V({term}), part);" for name, term in sums.terms()]
     adds += [
-        f"store(d{i} + at{i} + j, V(load<V>(d{i} + at{i} + j) + {inside(source, i)}));"
+        f"store(d{i} + at{i} + j,"
+        f" V(load<V>(d{i} + at{i} + j) + fresh(V({inside(source, i)}), part)));"
         for i in of_element
     ]
     flush = [f"const double {name}_sum = total({name}, {name}_rest);" for name in lanes]
@@ -198,15 +230,14 @@ def _backward(rows: _Rows) -> list[str]:
     flush += [f"k{i}[group * outer + row] = {text};" for i, text in by_row.items()]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
-        *(element.fetched("x", "dy") if rows.reduced else []),
+        *(element.fetched("x", "dy") if rows.reduced or source.program.activation else []),
         *rows.element_tensors(),
         *element.backward(),
         *adds,
         *element.residual_gradient(),
     ]
     group = [
-        *decode(source.layout.kept, "group", ""),
-        f"const int64_t base = {offset(source.layout.kept)};",
+        *rows.group(),
         *source.statistics("group", "groups"),
         *source.stopped(),
         *group_tensors(source, rows.of_group, source.used()),
@@ -224,7 +255,7 @@ def _backward(rows: _Rows) -> list[str]:
         *_passed_on(of_element),
     ]
     return [
-        source.signature("backward", source.backward_arguments()),
+        source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
         *rows.head(),
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],
         *[f"  std::vector<double> k{i}(groups * outer);" for i in by_row],
@@ -242,7 +273,7 @@ def _backward(rows: _Rows) -> list[str]:
         *indented(group, 6),
         "    }",
         "  }",
-        *_scattered(rows, of_group, list(by_row), of_element),
+        *scattered(rows, of_group, list(by_row), of_element),
         "}",
     ]
 
@@ -260,8 +291,8 @@ def _passed_on(of_element: list[int]) -> list[str]:
     return [*lines, "  waiting = 0;", "}"]
 
 
-def _scattered(
-    rows: _Rows, of_group: list[int], by_row: list[int], of_element: list[int]
+def scattered(
+    rows: Rows, of_group: list[int], by_row: list[int], of_element: list[int]
 ) -> list[str]:
     """What groups, their rows, and threads add to tensors."""
     source = rows.source

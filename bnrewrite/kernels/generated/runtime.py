@@ -76,7 +76,8 @@ def build() -> None:
         f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}",
     ]  # fmt: skip
     links = [f"-L{root / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
-    path = compiled(SOURCE.read_text(), flags, "bnrewrite_runtime", links)
+    source = SOURCE.read_text()
+    path = compiled(source, lambda: source, flags, "bnrewrite_runtime", links)
     spec = importlib.util.spec_from_file_location("bnrewrite_runtime", path)
     assert spec is not None
     assert spec.loader is not None

@@ -126,7 +126,7 @@ def _launch_of(
     program = parse(text)
     if any(each not in FLOATING for each in (dtype, *dtypes)) or math.prod(shape) == 0:
         return None
-    if check_program(text) is not None:
+    if check_program(text) is not None or program.means:
         return None
     if not fits(program, shape, shapes):
         return None

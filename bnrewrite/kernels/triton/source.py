@@ -78,7 +78,7 @@ class Tiled:
     @cached_property
     def copied(self) -> list[int]:
         """The tensors that a backward reads as they were, whatever becomes of them."""
-        return self.source.copied()
+        return self.source.copied(self.firm)
 
     @cached_property
     def read(self) -> list[int]:
