@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import fx
 
 from bnrewrite.algebra import centre
-from bnrewrite.algebra.calls import dtype_of
+from bnrewrite.algebra.calls import dtype_of, is_tensor
 from bnrewrite.algebra.expression import ZERO, Polynomial, added, scaled
 
-from .nodes import Unwritable, Value, aten, holds_tensor
+from .nodes import Unwritable, Value, aten
 from .writing import Writing
 
 MAKE_NEW = (aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor)
@@ -93,7 +93,7 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
             divisor = emitter.tensor(writing.reading.ring.power(scale, -1))
             return emitter.plus(emitter.over(x, divisor), emitter.tensor(shift))
     factor, offset = emitter.tensor(scale), emitter.tensor(shift)
-    if not (holds_tensor(x) and holds_tensor(factor) and holds_tensor(offset)):
+    if not (is_tensor(x) and is_tensor(factor) and is_tensor(offset)):
         return emitter.plus(_product(writing, x, factor), offset)
     if writing.in_place and (_repeats_inside(x, factor) or _is_own(writing, x, factor)):
         return emitter.call(aten.add_.Tensor, _product(writing, x, factor), offset)
@@ -101,14 +101,14 @@ def _affine(writing: Writing, x: Value, scale: Polynomial, shift: Polynomial) ->
 
 
 def _product(writing: Writing, x: Value, factor: Value) -> Value:
-    if writing.in_place and holds_tensor(factor) and _is_own(writing, x, factor):
+    if writing.in_place and is_tensor(factor) and _is_own(writing, x, factor):
         return writing.emitter.call(aten.mul_.Tensor, x, factor)
     return writing.emitter.times(x, factor)
 
 
 def _is_own(writing: Writing, x: Value, factor: fx.Node) -> bool:
     """Whether x is a tensor that the lowering made itself and that no backward needs."""
-    if not holds_tensor(x) or x is writing.input() or x.target not in MAKE_NEW or x.users:
+    if not is_tensor(x) or x is writing.input() or x.target not in MAKE_NEW or x.users:
         return False
     if dtype_of(factor) != dtype_of(x):
         return False

@@ -20,6 +20,7 @@ from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.calls import dtype_of
 from bnrewrite.algebra.expression import Base, Extent, Polynomial
 from bnrewrite.algebra.ring import Ring
+from bnrewrite.algebra.stored import path_of
 
 from .emitter import Emitter
 from .nodes import Nodes, Unwritable, aten
@@ -42,7 +43,7 @@ def check_counters(rewriting: Rewriting, found: Match, updates: Sequence[Update]
     used = {source for value in values for source in reading.ring.raw(value)}
     for buffer, _, value in _counters(rewriting, reading, batch):
         if buffer in used and _samples(reading.ring, value, batch) is None:
-            raise Unwritable(f"{UNSYNCHRONISED}: {name_of_buffer(buffer)} {OF_ITS_OWN}")
+            raise Unwritable(f"{UNSYNCHRONISED}: {path_of(buffer)} {OF_ITS_OWN}")
     if any(_is_of_process(source, batch, samples=True) for source in used):
         raise Unwritable(
             f"{UNSYNCHRONISED}: a tensor in them is made of its samples or their number"
@@ -94,11 +95,6 @@ def _of_others(writing: SynchronisedWriting, samples: Polynomial, dtype: torch.d
     if not dtype.is_floating_point:
         others = call(aten.round.default, others)
     return call(aten.to.dtype, others, dtype)
-
-
-def name_of_buffer(buffer: fx.Node) -> str:
-    """The qualified name of what a placeholder stands for."""
-    return str(buffer.meta.get("path") or buffer.name)
 
 
 def _counters(

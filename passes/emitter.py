@@ -38,7 +38,7 @@ from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Moments
 from bnrewrite.algebra.sums import wholes
 
-from .nodes import Nodes, Sizes, Unwritable, Value, aten, current, holds_tensor, plain
+from .nodes import Nodes, Sizes, Unwritable, Value, aten, current, plain
 
 Reusable = dict[Any, tuple[fx.Node, Dims, Number, bool]]
 # (node, factor, power): a base is ``(factor * node) ** power``
@@ -239,7 +239,7 @@ class Emitter(Nodes):
             node, factor, power = self._measured(base)
             if self.copies and len(monomial) > 1 and self._may_change(base, monomial, plain):
                 node = self.call(aten.clone.default, node)
-            if exponent < 0 and not holds_tensor(node) and self._may_raise(base, exponent, result):
+            if exponent < 0 and not is_tensor(node) and self._may_raise(base, exponent, result):
                 raise Unwritable("it divides by a size that may be zero")
             exponent *= power
             if factor != 1:
@@ -267,7 +267,7 @@ class Emitter(Nodes):
 
         A number that was read out of a tensor is divided by in Python in the user's code too.
         """
-        if self.ring.never_zero(base) or (exponent == -1 and holds_tensor(result)):
+        if self.ring.never_zero(base) or (exponent == -1 and is_tensor(result)):
             return False
         return not isinstance(base, Atom) and not _is_read_out(base)
 
@@ -318,12 +318,10 @@ class Emitter(Nodes):
             raise Unwritable("a standard deviation whose gradient is zero at zero")
         arguments = [self.tensor(a) for a in base.arguments]
         if base.name in TWO:
-            arguments.sort(key=lambda a: not holds_tensor(a))
-            if not holds_tensor(arguments[0]) or (
-                base.name in CLAMPS and holds_tensor(arguments[1])
-            ):
+            arguments.sort(key=lambda a: not is_tensor(a))
+            if not is_tensor(arguments[0]) or (base.name in CLAMPS and is_tensor(arguments[1])):
                 raise Unwritable(f"a {base.name} of numbers")
-            if base.name not in CLAMPS and not holds_tensor(arguments[1]):
+            if base.name not in CLAMPS and not is_tensor(arguments[1]):
                 arguments[1] = self.call(aten.full_like.default, arguments[0], arguments[1])
             return self.call(TWO[base.name], *arguments)
         if base.name not in ("abs", "exp", "log"):

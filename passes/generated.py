@@ -17,7 +17,7 @@ from torch import fx
 
 from bnrewrite.algebra import centre
 from bnrewrite.algebra.axes import Axis, axes_of
-from bnrewrite.algebra.calls import dtype_of, shape_of
+from bnrewrite.algebra.calls import dtype_of, is_tensor, shape_of
 from bnrewrite.algebra.expression import (
     ZERO,
     Atom,
@@ -270,7 +270,7 @@ class _Text:
             raise Unwritable("a tensor as large as the normalised one")
         emitter = self.writing.along(tuple((axis,) for axis in own))
         node = emitter.tensor(factor)
-        if not isinstance(node, fx.Node) or not isinstance(node.meta["val"], torch.Tensor):
+        if not is_tensor(node):
             raise Unwritable("a number that is known only when the graph runs")
         return self._named(node, own, fixed=not self._has_gradient(factor))
 
@@ -325,7 +325,7 @@ class _Text:
 
     def _tensor(self, base: Atom) -> str:
         node, linear = base.source, self.match.linear
-        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        if not is_tensor(node):
             raise Unwritable("a number that is known only when the graph runs")
         own: list[Axis] = axes_of(base.index)
         if not set(own) <= self.axes.keys() or set(own) == linear.axes:

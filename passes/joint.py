@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from bnrewrite.algebra import Match, Reading, centre
 from bnrewrite.algebra.anchors import elements
 from bnrewrite.algebra.axes import Size, product, size_of
-from bnrewrite.algebra.calls import dtype_of, name_of
+from bnrewrite.algebra.calls import dtype_of, is_tensor, name_of
 from bnrewrite.algebra.expression import Function, Polynomial
 from bnrewrite.kernels.folding import Folding, Parts, Unfoldable, folded, folded_parameters
 from bnrewrite.kernels.layout import has_values
@@ -24,7 +24,7 @@ from bnrewrite.walks import reached
 
 from .emitter import Emitter
 from .linear_maps import LinearMap
-from .nodes import aten, current, holds_tensor
+from .nodes import aten, current
 from .rewriting import Rewriting
 from .stored import NOT_STORED, Recipe, Stored, extracted, leaves_of
 from .writing import Writing
@@ -182,7 +182,7 @@ class _Inner:
 def _vector(emitter: Emitter, value: Polynomial, whole: Size) -> fx.Node:
     """A coefficient with one number per output, in float64."""
     written = emitter.tensor(value)
-    if not holds_tensor(written):
+    if not is_tensor(written):
         shape = [emitter.extent(whole)]
         return emitter.call(aten.full.default, shape, written, dtype=torch.float64)
     sizes = [product(axis.size for axis in dim) for dim in emitter.layout]

@@ -18,10 +18,11 @@ from bnrewrite.algebra.axes import Dims, Opaque, axes_of
 from bnrewrite.algebra.calls import is_tensor, shape_of
 from bnrewrite.algebra.expression import Polynomial, normalised
 from bnrewrite.algebra.match import Match
+from bnrewrite.algebra.stored import path_of
 
 from .across import updates_of_means
 from .composite import write_composite
-from .counters import check_counters, count_all, name_of_buffer
+from .counters import check_counters, count_all
 from .emitter import Reusable
 from .generated import write_generated
 from .native import layout_of, write_native
@@ -163,7 +164,7 @@ def _lower(rewriting: Rewriting, decision: Decision, statistics: _Statistics) ->
         _replace_value(rewriting, old, new)
         statistics.made_of[found.linear.source].pop(old)
     buffers = [u.buffer for u in state.updates if u.buffer is not None]
-    decision.state += map(name_of_buffer, buffers)
+    decision.state += map(path_of, buffers)
 
 
 def _written(
@@ -210,7 +211,7 @@ def _composite(
             _write_state(writing, state)
             if isinstance(writing, SynchronisedWriting):
                 counted, left = count_all(rewriting, writing)
-                decision.state += map(name_of_buffer, counted)
+                decision.state += map(path_of, counted)
                 statistics.of_this_process[found.node] = left
             return replacement
         except Unwritable as refusal:

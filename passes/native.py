@@ -111,9 +111,7 @@ def _inputs(writing: Writing, dims: Dims) -> tuple[fx.Node, Any, Any]:
     source = found.linear.source
     ring = writing.reading.ring
     stored = (ring.raw(found.weight) | ring.raw(found.bias)) - {source}
-    dtypes = {dtype_of(n) for n in stored if isinstance(n, fx.Node) and is_tensor(n)} | {
-        dtype_of(source)
-    }
+    dtypes = {dtype_of(n) for n in stored if is_tensor(n)} | {dtype_of(source)}
     plain = all(_is_plain(v) for v in (found.weight, found.bias))
     if dtypes == {writing.result_dtype} and plain and found.kind != "batch_norm":
         writing.dtype = writing.result_dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental import _config as config
 
 from bnrewrite.algebra.axes import Axis, Dims, Size, axes_of, product, size_of
+from bnrewrite.algebra.calls import is_tensor
 from bnrewrite.algebra.expression import Exponent, Number
 from bnrewrite.kernels import KERNELS
 from bnrewrite.walks import computed_from
@@ -172,7 +173,7 @@ class Nodes:
             return right
         if not isinstance(right, fx.Node) and abs(right - 1) < 4e-16:
             return left
-        if not isinstance(right, fx.Node) and right == -1 and holds_tensor(left):
+        if not isinstance(right, fx.Node) and right == -1 and is_tensor(left):
             return self.call(aten.neg.default, left)
         return self._binary(aten.mul.Tensor, operator.mul, left, right)
 
@@ -186,14 +187,14 @@ class Nodes:
 
     def over(self, left: Value, right: Value) -> Value:
         """Left / right."""
-        if holds_tensor(right) and not holds_tensor(left):
+        if is_tensor(right) and not is_tensor(left):
             return self.times(self.call(aten.reciprocal.default, right), left)
         return self._binary(aten.div.Tensor, operator.truediv, left, right)
 
     def _binary(self, target: Any, in_python: Any, left: Value, right: Value) -> Value:
-        if not holds_tensor(left) and not holds_tensor(right):
+        if not is_tensor(left) and not is_tensor(right):
             return self._scalar(in_python, left, right)
-        if not holds_tensor(left):
+        if not is_tensor(left):
             if target is aten.sub.Tensor:
                 return self.call(aten.rsub.Scalar, right, left)
             left, right = right, left
@@ -216,11 +217,6 @@ def split_layout(dims: Dims, axes: frozenset[Axis]) -> Dims:
         else:
             result.append(dim)
     return tuple(result)
-
-
-def holds_tensor(value: object) -> TypeGuard[fx.Node]:
-    """Whether a value is a node whose value is a tensor, not a size or a number."""
-    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def plain(value: Number) -> float | int:

@@ -12,6 +12,7 @@ from torch import fx
 
 from bnrewrite.algebra.calls import is_tensor
 from bnrewrite.algebra.meaning import Reading
+from bnrewrite.algebra.stored import path_of
 from bnrewrite.kernels import KERNELS
 from bnrewrite.walks import reached
 
@@ -50,10 +51,9 @@ class Stored:
             if current.op == "placeholder" and (
                 current.meta["parameter"] or current.meta["stored"]
             ):
-                path = current.meta["path"] or current.name
                 if current.name in self._updated:
-                    return f"the graph itself updates {path}"
-                return f"{path} requires a gradient here"
+                    return f"the graph itself updates {path_of(current)}"
+                return f"{path_of(current)} requires a gradient here"
         return NOT_STORED
 
     def _other_inputs(self, node: fx.Node) -> list[fx.Node]:

@@ -25,6 +25,7 @@ from bnrewrite.algebra.calls import is_tensor, name_of
 from bnrewrite.algebra.expression import Base, Extent, Function, Polynomial, Reduction
 from bnrewrite.algebra.meaning import Reading
 from bnrewrite.algebra.ring import Ring
+from bnrewrite.algebra.stored import path_of
 from bnrewrite.kernels import synchronised_moments
 
 from .emitter import Emitter
@@ -100,8 +101,7 @@ def check_updates(candidates: dict[fx.Node, fx.Node | None], updates: Iterable[U
     written = {update.node for update in updates}
     for value, buffer in candidates.items():
         if buffer is not None and value not in written:
-            name = buffer.meta.get("path") or buffer.name
-            raise Unwritable(f"{UNSYNCHRONISED}: {name} is not computed from them alone")
+            raise Unwritable(f"{UNSYNCHRONISED}: {path_of(buffer)} is not computed from them alone")
 
 
 class SynchronisedWriting(Writing):

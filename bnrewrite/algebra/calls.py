@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -55,8 +55,8 @@ def is_pointwise(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
-def is_tensor(node: object) -> bool:
-    """Whether a node holds one tensor."""
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    """Whether this is a node that holds one tensor, not a size or a number."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 

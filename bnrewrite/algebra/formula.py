@@ -23,7 +23,7 @@ from .expression import (
 )
 from .match import Match
 from .ring import Ring
-from .stored import is_stored, uncast
+from .stored import is_stored, path_of, uncast
 
 
 def formula(ring: Ring, match: Match) -> sympy.Expr:
@@ -118,8 +118,7 @@ class _Writer:
         assert isinstance(source, fx.Node)
         if is_stored(source):
             source = uncast(source)
-        path = source.meta.get("path") or source.name
-        return sympy.Symbol(path.rpartition(".")[2])
+        return sympy.Symbol(path_of(source).rpartition(".")[2])
 
 
 def _content(weight: Polynomial) -> tuple[Number, Polynomial]:

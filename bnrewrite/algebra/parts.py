@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from .calls import arguments_of, name_of
+from .calls import arguments_of, is_tensor, name_of
 
 SEVERAL = frozenset((
     "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk",
@@ -31,7 +30,7 @@ def parts_of(node: fx.Node) -> list[Part] | None:
     """The pieces that a call of ``TAKES_APART`` gives; None where extents are not numbers."""
     a = arguments_of(node)
     source = a.get("self")
-    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+    if not is_tensor(source):
         return None
     shape = source.meta["val"].shape
     dim = a.get("dim", 0)

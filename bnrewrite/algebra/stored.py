@@ -15,6 +15,11 @@ NEAR = 16  # how many nodes a coefficient is made of, at most
 FAR = 64  # how many nodes a parametrised tensor is made of, at most
 
 
+def path_of(node: fx.Node) -> str:
+    """The qualified name of what a placeholder stands for; of another node its own."""
+    return str(node.meta.get("path") or node.name)
+
+
 def uncast(node: fx.Node) -> fx.Node:
     """The tensor that a node is, before casts and reshapes."""
     while name_of(node) in RENAMED:

@@ -9,12 +9,13 @@ from torch import fx
 
 from bnrewrite.algebra import Match, Reading
 from bnrewrite.algebra.axes import Opaque
+from bnrewrite.algebra.stored import path_of
 from bnrewrite.report.site import Finding
 
 from .averages import averages
 from .norms import batch_statistics, of_norm, stored_statistics
 from .noticed import Noticed
-from .updates import of_update, path_of
+from .updates import of_update
 
 logger = logging.getLogger(__name__)
 

@@ -22,14 +22,13 @@ from bnrewrite.algebra.expression import (
 from bnrewrite.algebra.frozen import frozen
 from bnrewrite.algebra.match import denominator
 from bnrewrite.algebra.ring import Ring
-from bnrewrite.algebra.stored import uncast
+from bnrewrite.algebra.stored import path_of, uncast
 from bnrewrite.capture.provenance import source_line
 from bnrewrite.report.findings import pathology
 from bnrewrite.report.site import Finding
 
 from .averages import Average
 from .noticed import BatchStatistics, StoredStatistics
-from .updates import path_of
 
 
 def of_norm(reading: Reading, found: Match, running: Sequence[Average]) -> Iterator[Finding]:

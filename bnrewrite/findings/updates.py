@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from torch import fx
-
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.expression import Number, Polynomial, added, inverse, number, scaled
 from bnrewrite.algebra.ring import Ring
+from bnrewrite.algebra.stored import path_of
 from bnrewrite.capture.provenance import source_line
 from bnrewrite.report.findings import pathology
 from bnrewrite.report.site import Finding
@@ -34,11 +33,6 @@ def of_update(reading: Reading, average: Average) -> Iterator[Finding]:
     if average.is_variance:
         for pathology_name in _of_correction(reading.ring, average, weight):
             yield pathology(pathology_name, where, name)
-
-
-def path_of(buffer: fx.Node) -> str:
-    """The qualified name of what a placeholder stands for."""
-    return str(buffer.meta.get("path") or buffer.name)
 
 
 def _of_correction(ring: Ring, average: Average, weight: Number) -> tuple[str, ...]:

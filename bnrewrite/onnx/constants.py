@@ -27,6 +27,8 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from bnrewrite.algebra.calls import is_tensor
+
 SMALL = 4096  # elements up to which a value may be stored beside a smaller one it is made of
 
 
@@ -189,7 +191,7 @@ def _with_signature(
     ]
     results = next(iter(reversed(graph.nodes))).args[0]
     outputs = [
-        replace(spec, arg=TensorArgument(value.name)) if _is_tensor(value) else spec
+        replace(spec, arg=TensorArgument(value.name)) if is_tensor(value) else spec
         for spec, value in zip(old.output_specs, results, strict=True)
     ]
     kept = {given.target for given in inputs}
@@ -205,7 +207,3 @@ def _with_signature(
         constants={name: v for name, v in constants.items() if name in kept},
         verifiers=program.verifiers,
     )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
