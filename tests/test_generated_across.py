@@ -378,6 +378,22 @@ WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda x: response(x, lambda n: n.transpose(0, 1).mean(1, keepdim=True)),
         ANOTHER,
     ),
+    "lengths of half of the channels": (
+        lambda x: x * lengths_of(x) / (lengths_of(x[:, :3]).mean(1, True) + 1),
+        ANOTHER,
+    ),
+    "lengths of the channels in another order": (
+        lambda x: x * lengths_of(x) / (lengths_of(x.roll(1, 0)).mean(1, True) + 1),
+        ANOTHER,
+    ),
+    "samples and channels of the tensor swapped": (
+        lambda x: x * lengths_of(x) / (lengths_of(x.transpose(0, 1)).mean(1, True) + 1),
+        ANOTHER,
+    ),
+    "lengths over other dimensions": (
+        lambda x: x * lengths_of(x) / (torch.norm(x, dim=(1, 2), keepdim=True).mean(3, True) + 1),
+        ANOTHER,
+    ),
     "lengths of another tensor": (
         lambda x: x * lengths_of(x) / (lengths_of(x + 1).mean(1, True) + 1e-6),
         ANOTHER,
@@ -416,6 +432,10 @@ def test_what_has_no_kernel_is_computed_all_the_same(
             raise
 
     monkeypatch.setattr("bnrewrite.passes.lower.write_generated", watched)
-    x = torch.randn(6, 6, 5, 5)
-    torch.testing.assert_close(generated(function)(x), function(x))
+    x = torch.randn(6, 6, 5, 5, requires_grad=True)
+    found = []
+    for each in (generated(function), function):
+        y = each(x)
+        found.append((y, torch.autograd.grad((y * y.detach().cos()).sum(), x)[0]))
+    torch.testing.assert_close(*found)
     assert reason in reasons
