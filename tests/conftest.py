@@ -13,6 +13,8 @@ from hypothesis import Phase, settings
 from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
 from bnrewrite.kernels import folding
+from bnrewrite.passes.generated import write_generated
+from bnrewrite.passes.nodes import Unwritable
 
 # Without shrinking: an example compiles a model, and a failing one already names its words.
 settings.register_profile(
@@ -53,6 +55,22 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def repeatable() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unwritable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the reason of each formula that turns out to have no kernel."""
+    reasons: list[str] = []
+
+    def watched(*given: Any) -> Any:
+        try:
+            return write_generated(*given)
+        except Unwritable as raised:
+            reasons.append(str(raised))
+            raise
+
+    monkeypatch.setattr("bnrewrite.passes.lower.write_generated", watched)
+    return reasons
 
 
 @pytest.fixture

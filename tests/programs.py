@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from contract import JITTERS, error, violation
 from torch import Tensor
 
+from bnrewrite.kernels.generated import call, kernel, runtime
 from bnrewrite.kernels.generated.program import parse
 from bnrewrite.kernels.generated.reference import reference
 from bnrewrite.oracle import Jitter
@@ -117,6 +119,17 @@ def draw(
     if program.residual:
         tensors.append(numbers(*shape))
     return Problem(text, LAYOUTS[layout](x), tuple(tensors), numbers(*shape))
+
+
+def on_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """For a fixture: kernels are made anew, and run on so many threads however small x is."""
+    monkeypatch.setattr(kernel, "SMALL", 1)
+    monkeypatch.setattr(call, "_kernels", {})
+    monkeypatch.setattr(runtime, "_programs", {})
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield count
+    torch.set_num_threads(before)
 
 
 def by_reference(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,37 +11,27 @@ from typing import Any
 import pytest
 import torch
 from contract import contract_violations
-from programs import ACROSS, LAYOUTS, by_reference, compare, draw
+from programs import ACROSS, LAYOUTS, by_reference, compare, draw, on_threads
 from torch import Tensor, nn
 
 from bnrewrite import explain, optimize
 from bnrewrite.kernels import check_program, norm
-from bnrewrite.kernels.generated import call, kernel, norm_with_updates, runtime
-from bnrewrite.passes.generated import write_generated
-from bnrewrite.passes.nodes import Unwritable
+from bnrewrite.kernels.generated import call, norm_with_updates
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 PLANE: dict[str, Any] = {"dim": (2, 3), "keepdim": True}
 SHAPE = (3, 8, 5, 7)
 INSIDE = "second axis inside"  # columns
+KINDS = [("response", "contiguous"), ("response", INSIDE), ("mixture", INSIDE)]
 
 
 @pytest.fixture(params=[1, 4])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Fewer than there are sets of groups that share means, and more."""
-    monkeypatch.setattr(kernel, "SMALL", 1)
-    monkeypatch.setattr(call, "_kernels", {})
-    monkeypatch.setattr(runtime, "_programs", {})
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    yield from on_threads(request.param, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("response", "contiguous"), ("response", INSIDE), ("mixture", INSIDE)],
-)
+@pytest.mark.parametrize(("kind", "layout"), KINDS)
 def test_values_and_gradients(kind: str, layout: str, threads: int) -> None:
     problem = draw(ACROSS[kind], SHAPE, layout)
     single = [t.float() for t in problem.tensors]
@@ -86,10 +76,7 @@ def test_derivatives() -> None:
     torch.autograd.gradgradcheck(lambda *each: norm(problem.text, *each), given)
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [("response", "contiguous"), ("response", INSIDE), ("mixture", INSIDE)],
-)
+@pytest.mark.parametrize(("kind", "layout"), KINDS)
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["element", "group", "sample"])
 def test_exceptional_values(kind: str, place: str, value: float, layout: str) -> None:
@@ -418,24 +405,12 @@ WITHOUT_KERNEL: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)
-def test_what_has_no_kernel_is_computed_all_the_same(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_has_no_kernel_is_computed_all_the_same(name: str, unwritable: list[str]) -> None:
     function, reason = WITHOUT_KERNEL[name]
-    reasons: list[str] = []
-
-    def watched(*given: Any) -> Any:
-        try:
-            return write_generated(*given)
-        except Unwritable as raised:
-            reasons.append(str(raised))
-            raise
-
-    monkeypatch.setattr("bnrewrite.passes.lower.write_generated", watched)
     x = torch.randn(6, 6, 5, 5, requires_grad=True)
     found = []
     for each in (generated(function), function):
         y = each(x)
         found.append((y, torch.autograd.grad((y * y.detach().cos()).sum(), x)[0]))
     torch.testing.assert_close(*found)
-    assert reason in reasons
+    assert reason in unwritable

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import LAYOUTS, PROGRAMS, by_reference, compare, draw
+from programs import LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
 from torch import Tensor
 
-from bnrewrite.kernels.generated import call, kernel, norm, norm_with_updates, runtime
+from bnrewrite.kernels.generated import call, norm, norm_with_updates
 from bnrewrite.kernels.generated.program import parse
 
 SHAPES = {3: (3, 5, 37), 4: (3, 8, 5, 7)}
@@ -24,13 +24,7 @@ SOME = ("batch relu", "group", "layer", "layer of channels", "running")
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """So many, however small a tensor is."""
-    monkeypatch.setattr(kernel, "SMALL", 1)
-    monkeypatch.setattr(call, "_kernels", {})
-    monkeypatch.setattr(runtime, "_programs", {})
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    yield from on_threads(request.param, monkeypatch)
 
 
 def rank(kind: str) -> int:

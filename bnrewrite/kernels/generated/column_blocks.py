@@ -111,6 +111,7 @@ class Columns:
             "  auto sweep = [&](auto count) {",
             "    each(0, width, [&](auto tag, int64_t q) {",
             "      using V = decltype(tag);",
+            "      constexpr Whole<0> part{}; (void)part;",
             *indented(list(head), 6),
             "      for (int64_t k = 0; k < count; ++k) {",
             "        const int64_t at = places[k] + q;",

@@ -59,8 +59,8 @@ class Element:
         """Write dx, from level = dM / N and along = 2 dV / N."""
         distance = f"(value - middle{self.ending})" if self.needs_mean else self.distance
         return (
-            f"store(dx + {self.at},"
-            f" V(({self.scale}) * g + level{self.ending} + along{self.ending} * {distance}));"
+            f"store_fresh(dx + {self.at},"
+            f" V(({self.scale}) * g + level{self.ending} + along{self.ending} * {distance}), part);"
         )
 
     def residual_gradient(self) -> list[str]:

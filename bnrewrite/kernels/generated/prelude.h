@@ -170,19 +170,7 @@ inline void each(int64_t begin, int64_t end, Body body) {
   for (; j < end; ++j) body(acc{}, j);
 }
 
-// The same from 0 where a number may be computed twice: the last vector reaches back.
-template <class Body>
-inline void each_again(int64_t end, Body body) {
-  int64_t j = 0;
-  for (; j + W <= end; j += W) body(vec{}, j);
-  if (j < end && end >= W) body(vec{}, end - W), j = end;
-  for (; j < end; ++j) body(acc{}, j);
-}
-
-// The same for sums: SLOTS of them grow side by side, as one alone would wait for each addition.
-// The last vector may reach back from where the sums begin; only its last lanes are new.
-constexpr int SLOTS = 4;
-typedef vec slots[SLOTS];
+// A vector may reach back at the end: only its last lanes are new.
 typedef std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t> lane;
 typedef lane lane_numbers __attribute__((vector_size(W * sizeof(lane))));
 
@@ -191,6 +179,25 @@ struct Whole {};
 struct Last {
   lane_numbers is_new;
 };
+
+inline Last last(int64_t count) {
+  constexpr lane_numbers order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return {order >= lane(W - count)};
+}
+
+// The same as `each` from 0, whose last vector reaches back.
+template <class Body>
+inline void each_again(int64_t end, Body body) {
+  int64_t j = 0;
+  for (; j + W <= end; j += W) body(vec{}, j, Whole<0>{});
+  if (j < end && end >= W) body(vec{}, end - W, last(end - j)), j = end;
+  for (; j < end; ++j) body(acc{}, j, Whole<0>{});
+}
+
+// The same for sums: SLOTS of them grow side by side, as one alone would wait for each addition.
+// The last vector may reach back from where the sums begin.
+constexpr int SLOTS = 4;
+typedef vec slots[SLOTS];
 
 template <class Body>
 inline void each_summed(int64_t begin, int64_t end, Body body) {
@@ -202,11 +209,7 @@ inline void each_summed(int64_t begin, int64_t end, Body body) {
     body(vec{}, j + 3 * W, Whole<3>{});
   }
   for (; j + W <= end; j += W) body(vec{}, j, Whole<0>{});
-  if (j < end && end >= W) {
-    constexpr lane_numbers order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    body(vec{}, end - W, Last{order >= lane(W - (end - j))});
-    j = end;
-  }
+  if (j < end && end >= W) body(vec{}, end - W, last(end - j)), j = end;
   for (; j < end; ++j) body(acc{}, j, Whole<0>{});
 }
 
@@ -214,6 +217,12 @@ inline void each_summed(int64_t begin, int64_t end, Body body) {
 template <class V, int slot>
 inline V fresh(V value, Whole<slot>) { return value; }
 inline vec fresh(vec value, Last last) { return last.is_new ? value : vec{}; }
+
+// Stores what is new of a value; the rest stays, as it may be made of what was there before.
+template <class T, class V, int slot>
+inline void store_fresh(T *p, V value, Whole<slot>) { store(p, value); }
+template <class T>
+inline void store_fresh(T *p, vec value, Last last) { store(p, vec(last.is_new ? value : load<vec>(p))); }
 
 // Adds a number or vector to a sum; single numbers may be many, where rows are short.
 template <class V, int slot>

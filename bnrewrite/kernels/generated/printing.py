@@ -200,7 +200,8 @@ class Source:
             " int64_t threads) {"
         ]
         for place, (kind, pointer) in enumerate(pointers):
-            lines.append(f"  {kind} *__restrict {pointer} = ({kind} *)given[{place}];")
+            alone = "" if pointer in ("dy", "dx") else "__restrict "  # one may be the other
+            lines.append(f"  {kind} *{alone}{pointer} = ({kind} *)given[{place}];")
         lines += [f"  const int64_t n{i} = size[{i}];" for i in loops]
         for i in loops:
             inner = " * ".join([f"n{j}" for j in loops if j > i])

@@ -9,6 +9,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -67,6 +68,13 @@ Tensor back(const Tensor &made, const Tensor &tensor, const Order &order) {
   Numbers inverse(order.places.size());
   for (size_t i = 0; i < inverse.size(); ++i) inverse[order.places[i]] = int64_t(i);
   return made.permute(inverse).reshape(tensor.sizes());
+}
+
+// Whether nobody else has a cotangent or its memory, which torch allocated: x's may be written there.
+bool is_own(const Tensor &dy) {
+  const c10::Storage &memory = dy.storage();
+  return dy.use_count() == 1 && memory.use_count() == 1 &&
+         memory.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
 }
 
 Tensor like(const Tensor &tensor, const Tensor &x) {
@@ -193,8 +201,10 @@ struct Norm : torch::autograd::Function<Norm> {
       return result;
     }
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor dy = like(cotangents[0], x);
-    Tensor dx = needed[0] ? fresh(x, x.scalar_type()) : Tensor();
+    const bool is_free = is_own(cotangents[0]);
+    Tensor dy = like(cotangents[0], x), dx;
+    if (needed[0])
+      dx = is_free && dy.scalar_type() == x.scalar_type() ? dy.detach() : fresh(x, x.scalar_type());
     Tensor dresidual = kernel.residual ? fresh(x, x.scalar_type()) : Tensor();
     const auto at = [](const Tensor &tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
     std::vector<void *> pointers{at(dy), at(x), at(y), at(moments), at(dx), at(dresidual)};
