@@ -1,7 +1,7 @@
 """A training step of hand-written norms at the sizes of known networks, beside what limits it.
 
     python -m benchmarks.network_norms            writes network_norms.{json,md,png}, a roofline
-    python -m benchmarks.network_norms --compile  with torch.compile of both as further peers
+    python -m benchmarks.network_norms --compile  with torch.compile of both: compiled_norms.*
     python -m benchmarks.network_norms --only "batch_norm + relu, 32x64x56x56" --output elsewhere
 
 Peers take turns in every round: the user's code, the native module (for a formula that no operator
@@ -159,7 +159,7 @@ def tabulated(results: Sequence[Result]) -> Results:
     peers = [peer for peer in PEERS if any(peer in each.milliseconds for each in results)]
     others = [peer for peer in peers if peer != OPTIMISED]
     return Results(
-        name="network_norms",
+        name=_name(results),
         headings=(
             "norm", "shape", "layout", "dtype", *(f"{peer} ms" for peer in peers),
             *(f"optimised / {peer}" for peer in others),
@@ -170,6 +170,10 @@ def tabulated(results: Sequence[Result]) -> Results:
         remark="Forward and backward in training; medians of interleaved rounds, ratios are "
         "medians of the rounds' ratios. Copies move as many bytes as the step must.",
     )  # fmt: skip
+
+
+def _name(results: Sequence[Result]) -> str:
+    return "compiled_norms" if COMPILED[HAND] in results[0].milliseconds else "network_norms"
 
 
 def _cells(result: Result, peers: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -199,7 +203,7 @@ def summary(results: Sequence[Result]) -> list[str]:
 def _plot(results: Sequence[Result], folder: Path) -> None:
     device = origin(machine())
     plots.bars(
-        folder / "network_norms.png",
+        folder / f"{_name(results)}.png",
         [f"{each.norm}, {each.shape}, {each.layout}" for each in results],
         {
             peer: [each.milliseconds[peer] / each.milliseconds[NATIVE] for each in results]
@@ -209,7 +213,7 @@ def _plot(results: Sequence[Result], folder: Path) -> None:
         quantity="time of a training step",
         title=device,
     )
-    with plots.plot(folder / "network_roofline.png", (8, 5), device) as axes:
+    with plots.plot(folder / f"{_name(results)}_roofline.png", (8, 5), device) as axes:
         for peer, marker in ((HAND, "x"), (NATIVE, "^"), (OPTIMISED, "o"), (LIMIT, "_")):
             found = [each for each in results if each.equal or peer != NATIVE]
             speeds = [each.megabytes / each.milliseconds[peer] for each in found]  # MB/ms = GB/s
