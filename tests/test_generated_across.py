@@ -103,6 +103,21 @@ def test_exceptional_values(kind: str, place: str, value: float, layout: str) ->
         torch.testing.assert_close(mine[name], own, equal_nan=True, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", INSIDE])
+def test_no_gradient_flows_to_what_buffers_alone_take(layout: str) -> None:
+    """A sample that is infinite makes no NaN of the gradients of others."""
+    text = (
+        "x[n c h w] over h w; m0[c] = M; m1[c] = V + (M - m0)**2; centre = M; "
+        "scale = (V + 1.0e-5)**(-1/2); u0 = m0; u1 = m1"
+    )
+    problem = draw(text, SHAPE)
+    x = problem.x.clone()
+    x[1, 1] = float("inf")
+    gradient = replace(problem, x=LAYOUTS[layout](x)).run(norm_with_updates, torch.float32)
+    assert gradient["gradient of x"][[0, 2]].isfinite().all()
+    assert gradient["u0"][:, 1].isinf().all()
+
+
 def test_a_tensor_inside_a_group_has_no_kernel() -> None:
     text = "x[n c h w] over h w; t0[w]; m0[n] = V; centre = M; scale = t0/m0"
     assert check_program(text) == "a mean over groups, and a tensor inside a group"
