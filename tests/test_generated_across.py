@@ -295,6 +295,28 @@ def test_the_contract(name: str) -> None:
     assert "generated" in {site.lowering for site in sites}
 
 
+class Mirrored(nn.Module):
+    """The mean over samples that is taken off is the one of another group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((0, 3)).T[None, :, :, None]
+        return (x - mean) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+
+class MirroredSquares(nn.Module):
+    """The same of the mean square."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = x.pow(2).mean((0, 3)).T[None, :, :, None]
+        return x / (x.pow(2).mean(-1, keepdim=True) + square).sqrt()
+
+
+@pytest.mark.parametrize("build", [Mirrored, MirroredSquares])
+def test_means_of_other_groups(build: Callable[[], nn.Module]) -> None:
+    batches = [torch.randn(3, 5, 5, 7) + torch.randn(3, 5, 5, 1) for _ in range(2)]
+    assert contract_violations(build(), generated, batches) == []
+
+
 def test_buffers_of_means_over_groups() -> None:
     """The kernel makes them: no other pass over the tensor is left."""
     model = generated(Switched())
