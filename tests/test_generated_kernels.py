@@ -191,6 +191,15 @@ def test_exceptional_values(kind: str, value: str, place: str) -> None:
         assert (mine[name].isinf() == own.isinf()).all(), name
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "second axis inside"])
+def test_a_stopped_statistic_gives_an_infinite_number_no_gradient(layout: str) -> None:
+    problem = draw("x[n c h w] over h w about zero; scale = (Vs + 1.0e-5)**(-1/2)", (2, 3, 5, 7))
+    x = LAYOUTS[layout](problem.x.index_fill(3, torch.tensor(2), torch.inf))
+    problem = replace(problem, x=x)
+    own, mine = (problem.run(f, torch.float32) for f in (by_reference, norm_with_updates))
+    torch.testing.assert_close(mine["gradient of x"], own["gradient of x"])
+
+
 def test_infinite_means_stay_infinite() -> None:
     """As ``mean`` has them: buffers take them."""
     text = "x[n c h w] over n h w; centre = M; scale = 1; u0 = M"
