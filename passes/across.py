@@ -111,7 +111,7 @@ class Means:
             return None
         here, groups = _axes(moves), linear.axes - found.over
         if _degree(self.ring, linear, base) is not None:
-            if not found.over < here:
+            if not found.over < here or not _is_of_this_place(self.ring, linear, base):
                 return None
             return _moment(self.ring, found, base)
         if not here or here | base.axes != groups or base.axes & here:
@@ -200,6 +200,23 @@ def _degree(ring: Ring, linear: Linear, base: Reduction) -> int | None:
     if isinstance(atom, Atom) and atom.source is linear.source and exponent in (1, 2):
         return int(exponent)
     return None
+
+
+def _is_of_this_place(ring: Ring, linear: Linear, base: Reduction) -> bool:
+    """Whether the other axes of a moment run where they do in the tensor.
+
+    Of ``x(n, j, i)`` read at ``(n, i, j)`` another group has the mean.
+    """
+    atom = ring.bases[base.monomial[0][0]]
+    assert isinstance(atom, Atom)
+    for read, own in zip(atom.index, linear.index, strict=True):
+        if set(read) <= base.bound:
+            continue
+        if len(read) != len(own):
+            return False
+        if any(axis not in base.bound and axis != to for axis, to in zip(read, own, strict=True)):
+            return False
+    return True
 
 
 def _moment(ring: Ring, found: Match, base: Reduction) -> Polynomial:

@@ -90,6 +90,21 @@ def test_exceptional_values(kind: str, place: str, value: float, layout: str) ->
         torch.testing.assert_close(mine[name], own, equal_nan=True, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", INSIDE])
+def test_no_gradient_flows_to_what_buffers_alone_take(layout: str) -> None:
+    """A sample that is infinite makes no NaN of the gradients of others."""
+    text = (
+        "x[n c h w] over h w; m0[c] = M; m1[c] = V + (M - m0)**2; centre = M; "
+        "scale = (V + 1.0e-5)**(-1/2); u0 = m0; u1 = m1"
+    )
+    problem = draw(text, SHAPE)
+    x = problem.x.clone()
+    x[1, 1] = float("inf")
+    gradient = replace(problem, x=LAYOUTS[layout](x)).run(norm_with_updates, torch.float32)
+    assert gradient["gradient of x"][[0, 2]].isfinite().all()
+    assert gradient["u0"][:, 1].isinf().all()
+
+
 def test_a_tensor_inside_a_group_has_no_kernel() -> None:
     text = "x[n c h w] over h w; t0[w]; m0[n] = V; centre = M; scale = t0/m0"
     assert check_program(text) == "a mean over groups, and a tensor inside a group"
@@ -265,6 +280,28 @@ def test_the_contract(name: str) -> None:
     assert contract_violations(model, generated, [draw_one() for _ in range(3)]) == []
     sites = explain(generated(copy.deepcopy(model)), draw_one()).sites
     assert "generated" in {site.lowering for site in sites}
+
+
+class Mirrored(nn.Module):
+    """The mean over samples that is taken off is the one of another group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((0, 3)).T[None, :, :, None]
+        return (x - mean) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+
+class MirroredSquares(nn.Module):
+    """The same of the mean square."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = x.pow(2).mean((0, 3)).T[None, :, :, None]
+        return x / (x.pow(2).mean(-1, keepdim=True) + square).sqrt()
+
+
+@pytest.mark.parametrize("build", [Mirrored, MirroredSquares])
+def test_means_of_other_groups(build: Callable[[], nn.Module]) -> None:
+    batches = [torch.randn(3, 5, 5, 7) + torch.randn(3, 5, 5, 1) for _ in range(2)]
+    assert contract_violations(build(), generated, batches) == []
 
 
 def test_buffers_of_means_over_groups() -> None:

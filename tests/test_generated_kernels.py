@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
+from programs import AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
 from torch import Tensor
 
 from bnrewrite.kernels.generated import call, norm, norm_with_updates
@@ -86,6 +86,23 @@ def test_drawn_sizes(sizes: list[int], inside: bool, dtype: torch.dtype, kind: s
     shape = [*sizes, 3][: rank(kind)]
     layout = "second axis inside" if inside and kind == "batch relu" else "contiguous"
     assert compare(draw(PROGRAMS[kind], shape, layout), norm_with_updates, dtype) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "shape"),
+    [
+        ("x[n c h w] over c; t0[c]; t1[c]", (1, 2, 256, 256)),  # columns, by row
+        ("x[n c d] over c d; t0[c]; t1[c]", (1, 2, 300000)),  # rows, by row
+        ("x[a b d] over b d; t0[d]; t1[d]", (2, 20000, 2)),  # rows, by element
+    ],
+)
+def test_long_sums_inside_a_group(program: str, shape: tuple[int, ...]) -> None:
+    """What a tensor inside a group takes of very many elements keeps its digits."""
+    problem = draw(f"{program}; centre = M; {AFFINE}", shape)
+    source = torch.Generator().manual_seed(5)
+    x, cotangent = (torch.randn(shape, generator=source).double() for _ in range(2))
+    problem = replace(problem, x=x, cotangent=cotangent)
+    assert compare(problem, norm_with_updates, torch.float32) == []
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -166,6 +183,15 @@ def test_exceptional_values(kind: str, value: str, place: str) -> None:
             continue  # beside 1e25 what one rounding makes of a sum is as large as the sum
         assert (mine[name].isnan() == own.isnan()).all(), name
         assert (mine[name].isinf() == own.isinf()).all(), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "second axis inside"])
+def test_a_stopped_statistic_gives_an_infinite_number_no_gradient(layout: str) -> None:
+    problem = draw("x[n c h w] over h w about zero; scale = (Vs + 1.0e-5)**(-1/2)", (2, 3, 5, 7))
+    x = LAYOUTS[layout](problem.x.index_fill(3, torch.tensor(2), torch.inf))
+    problem = replace(problem, x=x)
+    own, mine = (problem.run(f, torch.float32) for f in (by_reference, norm_with_updates))
+    torch.testing.assert_close(mine["gradient of x"], own["gradient of x"])
 
 
 def test_infinite_means_stay_infinite() -> None:

@@ -99,6 +99,8 @@ def collecting(
 ) -> list[str]:
     """The function that adds up the sums of the columns of a task."""
     kept = [f"store({name} + q, V(load<V>({name} + q) + {name}_here));" for name in lanes]
+    if by_row:  # before it is too much for single precision
+        kept += ["if (q % BLOCK == BLOCK - W) {", *indented(by_row, 2), "}"]
     return [
         "  auto collect = [&](int64_t task, int64_t begin, int64_t end, acc *values, double"
         " *totals, acc *scratch) {",

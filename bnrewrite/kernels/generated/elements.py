@@ -56,12 +56,17 @@ class Element:
         return [*lines, "const V gu = g * u; (void)gu;"]
 
     def input_gradient(self) -> str:
-        """Write dx, from level = dM / N and along = 2 dV / N."""
+        """Write dx, from level = dM / N and along = 2 dV / N, where they are not zero.
+
+        Zero times the distance of an infinite x would be NaN.
+        """
         distance = f"(value - middle{self.ending})" if self.needs_mean else self.distance
-        return (
-            f"store_fresh(dx + {self.at},"
-            f" V(({self.scale}) * g + level{self.ending} + along{self.ending} * {distance}), part);"
-        )
+        made = f"({self.scale}) * g"
+        if self.source.gradients.mean != 0:
+            made += f" + level{self.ending}"
+        if self.source.gradients.variance != 0:
+            made += f" + along{self.ending} * {distance}"
+        return f"store_fresh(dx + {self.at}, V({made}), part);"
 
     def residual_gradient(self) -> list[str]:
         """Write that of the residual, where there is one."""

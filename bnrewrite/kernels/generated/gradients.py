@@ -68,7 +68,7 @@ def gradients(text: str) -> Gradients:
     inner = [i for i in free if program.inside(i)]
     outer = [i for i in free if not program.inside(i)]
     averages = [program.mean(k) for k in range(len(program.means))]
-    variables = [M, V, *averages, *(program.symbol(i) for i in outer)]
+    variables = [*reversed(averages), M, V, *(program.symbol(i) for i in outer)]
     sums: dict[tuple[sympy.Expr, int], Sum] = {}
 
     def total(element: sympy.Expr, degree: int) -> sympy.Symbol:
@@ -89,7 +89,8 @@ def gradients(text: str) -> Gradients:
         if change != 0:
             parts += [-change * t.group * total(t.element, 0) for t in program.scale]
         for place, mean in enumerate(program.means):
-            parts.append(slope(place) * derivative(mean.value, variable))
+            if found.get(averages[place]) != 0:  # 0 * inf would be NaN
+                parts.append(slope(place) * derivative(mean.value, variable))
         found[variable] = sympy.Add(*parts)
     inside = {
         i: (_slopes(program.scale, program.symbol(i)), _slopes(program.shift, program.symbol(i)))

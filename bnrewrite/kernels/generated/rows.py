@@ -2,10 +2,12 @@
 
 One task is a group: its moments, then y, while the group is in the cache. The backward adds up the
 sums of the group, makes dM and dV of them, and writes dx. What a tensor inside a group takes is
-added up by each thread, in double precision beyond ``ROWS`` groups.
+added up by each thread, in double precision beyond ``ROWS`` of them.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from .elements import Element
 from .pieces import (
@@ -122,9 +124,15 @@ class Rows:
         )
 
     def sweep_summed(
-        self, start: list[str], body: list[str], flush: list[str], *, by_row: bool
+        self,
+        start: list[str],
+        body: list[str],
+        flush: list[str],
+        *,
+        by_row: bool,
+        after: list[str] | None = None,
     ) -> list[str]:
-        """The same for sums, which are flushed every ``BLOCK`` elements, or after each row."""
+        """The same for sums, flushed every ``BLOCK`` elements, and after each row where wanted."""
         end = indented([*flush, "n = 0;"], 2)
         blocks = [
             "for (int64_t begin = 0; begin < length; begin += BLOCK) {",
@@ -134,13 +142,17 @@ class Rows:
             *indented(body, 4),
             "  });",
             "  n += end - begin;",
-            *([] if by_row else ["  if (n >= BLOCK) {", *indented(end, 2), "  }"]),
+            "  if (n >= BLOCK) {",
+            *indented(end, 2),
+            "  }",
             "}",
         ]
-        last = ["if (n > 0) {", "  const int64_t row = 0; (void)row;", *end, "}"]
+        last = ["if (n > 0) {", *end, "}"]
         return [
             "int64_t n = 0;",
-            *self.each_row([*self.lead(), *start, *blocks, *(["{", *end, "}"] if by_row else [])]),
+            *self.each_row(
+                [*self.lead(), *start, *blocks, *(last if by_row else []), *(after or [])]
+            ),
             *([] if by_row else last),
         ]
 
@@ -227,7 +239,7 @@ def _backward(rows: Rows) -> list[str]:
     ]
     flush = [f"const double {name}_sum = total({name}, {name}_rest);" for name in lanes]
     flush += [f"{symbol} += {text};" for symbol, text in group_sums]
-    flush += [f"k{i}[group * outer + row] = {text};" for i, text in by_row.items()]
+    flush += [f"k{i}[group * outer + row] += {text};" for i, text in by_row.items()]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
         *(element.fetched("x", "dy") if rows.reduced or source.program.activation else []),
@@ -245,14 +257,19 @@ def _backward(rows: Rows) -> list[str]:
         *[f"const acc {name} = acc({name}_);" for name in source.names()],
         *[f"double {symbol} = 0;" for symbol, _ in group_sums],
         *[f"slots {name}{{}}; finer {name}_rest = 0;" for name in lanes],
-        *rows.sweep_summed(rows.row_tensors(), body, flush, by_row=bool(rows.of_row)),
+        *rows.sweep_summed(
+            rows.row_tensors(),
+            body,
+            flush,
+            by_row=bool(rows.of_row),
+            after=_full(rows, of_element),
+        ),
         *group_gradients(source, of_group),
         "if (dx != nullptr) {",
         "  const acc along = acc(2 * dV / N), level = acc(dM / N);",
         *(["  const acc middle = acc(M);"] if element.needs_mean else []),
         *indented(rows.sweep([*element.backward(), element.input_gradient()]), 2),
         "}",
-        *_passed_on(of_element),
     ]
     return [
         source.signature("backward", source.backward_arguments(), ["dx", "dresidual"]),
@@ -268,27 +285,37 @@ def _backward(rows: Rows) -> list[str]:
             for i in of_element
         ],
         "    const int64_t last = groups * (thread + 1) / threads;",
-        "    int64_t waiting = 0; (void)waiting;",
+        *_pass_on(of_element),
         "    for (int64_t group = groups * thread / threads; group < last; ++group) {",
         *indented(group, 6),
         "    }",
+        "    pass_on();",
         "  }",
         *scattered(rows, of_group, list(by_row), of_element),
         "}",
     ]
 
 
-def _passed_on(of_element: list[int]) -> list[str]:
-    """What a thread has added up in single precision goes on, before it is too much."""
-    if not of_element:
-        return []
-    lines = ["waiting += outer;", "if (waiting >= ROWS || group + 1 == last) {"]
+def _pass_on(of_element: list[int]) -> list[str]:
+    """What a thread has added up in single precision goes on."""
+    lines = ["    int64_t waiting = 0;", "    auto pass_on = [&] {"]
     for i in of_element:
         lines += [
-            f"  double *to{i} = whole{i}.data() + thread * size{i};",
-            f"  for (int64_t j = 0; j < size{i}; ++j) {{ to{i}[j] += d{i}[j]; d{i}[j] = 0; }}",
+            f"      double *to{i} = whole{i}.data() + thread * size{i};",
+            f"      for (int64_t j = 0; j < size{i}; ++j) {{ to{i}[j] += d{i}[j]; d{i}[j] = 0; }}",
         ]
-    return [*lines, "  waiting = 0;", "}"]
+    return [*lines, "      waiting = 0;", "    };"]
+
+
+def _full(rows: Rows, of_element: list[int]) -> list[str]:
+    """Before it is too much: each row may be another one of the tensors, or the same again."""
+    if not of_element:
+        return []
+    runs = [set(rows.source.runs(i)) for i in of_element]
+    loops = list(reversed(rows.reduced))
+    others = itertools.takewhile(lambda loop: all(loop in own for own in runs), loops)
+    apart = "".join(f" * n{loop}" for loop in others)
+    return [f"if (++waiting >= ROWS{apart}) pass_on();"]
 
 
 def scattered(
