@@ -265,6 +265,16 @@ def test_what_has_no_kernel_runs_by_operations() -> None:
         norm(text, x, torch.ones(3), one)
 
 
+def test_what_varies_along_rows_and_along_columns_is_not_compiled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = "x[n c w] over n w; t0[n]; t1[w]; centre = M; scale = t0*t1*(V + 1.0e-5)**(-1/2)"
+    problem = draw(text, (4, 3, 5))
+    assert not has_kernel(text, problem.x, *problem.tensors)
+    assert caplog.text == ""
+    assert compare(problem, norm_with_updates, torch.float32) == []
+
+
 def test_a_default_device_is_not_where_moments_are_written() -> None:
     text, x, one = PROGRAMS["layer"], torch.randn(3, 5, 37), torch.ones(37)
     expected = norm(text, x, one, one)

@@ -29,8 +29,11 @@ class Columns:
         self.of_column = [i for i in numbers if program.inside(i) and i not in self.of_row]
         if any(set(source.runs(i)) - rows for i in self.of_row):
             raise Unprintable("a tensor along the rows and the columns")
-        moving = {program.symbol(i) for i in self.of_row}
+        moving, still = ({program.symbol(i) for i in t} for t in (self.of_row, self.of_column))
         self.terms = {"a": program.scale, "b": program.shift}
+        elements = [term.element.free_symbols for terms in self.terms.values() for term in terms]
+        if any(symbols & moving and symbols & still for symbols in elements):
+            raise Unprintable("a product of tensors along the rows and along the columns")
         self.still = {  # terms that are constant along a column
             letter: [i for i, t in enumerate(terms) if not t.element.free_symbols & moving]
             for letter, terms in self.terms.items()
