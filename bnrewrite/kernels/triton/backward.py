@@ -235,8 +235,12 @@ def _stored_own(tiled: Tiled) -> list[str]:
 
 def _input_gradient(tiled: Tiled) -> list[str]:
     scale, _ = tiled.source.affine(of_elements)
-    distance = "value" if tiled.program.about_zero else "(value - middle)"
-    return [f"tl.store(dx + at, ({scale}) * d + level + along * {distance}, mask=inside)"]
+    made = f"({scale}) * d"
+    if tiled.gradients.mean != 0:
+        made += " + level"
+    if tiled.gradients.variance != 0:  # zero times the distance of an infinite x would be NaN
+        made += " + along * " + ("value" if tiled.program.about_zero else "(value - middle)")
+    return [f"tl.store(dx + at, {made}, mask=inside)"]
 
 
 def _of_cells(tiled: Tiled) -> list[str]:
