@@ -148,9 +148,9 @@ inline double total(vec lanes, finer rest) {
 }
 
 // Asks for large pages for a result that is written next. What is larger than this, the C library
-// takes from the system anew (mallopt(3)), and to be given it in pages of 4 KiB takes longer than to
+// may have given back to the system, and to be given it anew in pages of 4 KiB takes longer than to
 // write the numbers.
-constexpr uintptr_t ANEW = uintptr_t(32) << 20;
+constexpr uintptr_t MANY = uintptr_t(8) << 20;
 
 template <class T>
 inline void in_large_pages(T *result, int64_t size) {
@@ -158,7 +158,7 @@ inline void in_large_pages(T *result, int64_t size) {
   constexpr uintptr_t page = 4096;
   const uintptr_t begin = (uintptr_t(result) + page - 1) / page * page;
   const uintptr_t end = uintptr_t(result + size) / page * page;
-  if (result != nullptr && begin + ANEW < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+  if (result != nullptr && begin + MANY < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 #endif
 }
 
