@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import sympy
 
@@ -106,7 +107,7 @@ def _slopes(terms: tuple[Term, ...], symbol: sympy.Symbol) -> tuple[Slope, ...]:
     return tuple(slope for slope in slopes if slope[1] != 0)
 
 
-def derivative(value: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
+def derivative(value: Any, symbol: sympy.Symbol) -> Any:
     """As sympy's, which asks whether the base of a power has a logarithm: ten times the time."""
     if symbol not in value.free_symbols:
         return sympy.Integer(0)
