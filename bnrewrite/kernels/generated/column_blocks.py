@@ -129,6 +129,28 @@ class Columns:
             "}",
         ]
 
+    def of_task(self, name: str, given: str, body: list[str]) -> list[str]:
+        """The step of a name for the groups of a task; what is given may be ``values``."""
+        return [
+            f"  auto {name} = [&](int64_t task, {given}) {{",
+            *self.task(),
+            *(self.pointers("    ") if "*values" in given else []),
+            *self.each_group(body),
+            "  };",
+        ]
+
+    def apply(self, body: list[str], *first: str) -> list[str]:
+        """The step that writes the rows of a task."""
+        return [
+            "  auto apply = [&](int64_t task, int64_t begin, int64_t end, acc *values) {",
+            *first,
+            *self.task(),
+            *self.pointers("    "),
+            "    int64_t row = begin;",
+            *indented(self.sweep("end", body, head=self.loads()), 4),
+            "  };",
+        ]
+
     def _affine(self) -> tuple[str, str]:
         """A and B of an element, from arrays of the columns."""
         written = []

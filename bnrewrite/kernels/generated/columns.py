@@ -42,25 +42,10 @@ def _forward(source: Source) -> list[str]:
         source.signature("forward", source.forward_arguments(), ["y"]),
         *columns.head(),
         *measured(columns, zero),
-        "  auto finish = [&](int64_t task, const double *means, const double *spreads, acc"
-        " *values) {",
-        *columns.task(),
-        *columns.pointers("    "),
-        *columns.each_group(finished),
-        "  };",
-        "  auto apply = [&](int64_t task, int64_t begin, int64_t end, acc *values) {",
-        *columns.task(),
-        *columns.pointers("    "),
-        "    int64_t row = begin;",
-        *indented(
-            columns.sweep(
-                "end",
-                [*columns.element.fetched("x"), *columns.element.forward()],
-                head=columns.loads(),
-            ),
-            4,
+        *columns.of_task(
+            "finish", "const double *means, const double *spreads, acc *values", finished
         ),
-        "  };",
+        *columns.apply([*columns.element.fetched("x"), *columns.element.forward()]),
         *_driver(len(columns.arrays)),
         "}",
     ]

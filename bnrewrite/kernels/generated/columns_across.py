@@ -53,10 +53,10 @@ def _forward(source: Source) -> list[str]:
         source.signature("forward", source.forward_arguments(), ["y"]),
         *_head(columns, across),
         *measured(columns, zero),
-        *_of_task(columns, "finish", "const double *means, const double *spreads", finished),
+        *columns.of_task("finish", "const double *means, const double *spreads", finished),
         *across.average(),
-        *_of_task(columns, "fill", "acc *values", filled),
-        *_apply(columns, columns.sweep("end", body, head=columns.loads())),
+        *columns.of_task("fill", "acc *values", filled),
+        *columns.apply(body),
         *_forward_driver(len(columns.arrays)),
         "}",
     ]
@@ -106,16 +106,12 @@ def _backward(source: Source) -> list[str]:
         f"  const int64_t sums = {max(len(lanes), 1)}, space = {len(columns.arrays)} * wide;",
         *[f"  std::vector<double> k{i}(groups);" for i in of_group],
         *across.average(),
-        *_of_task(columns, "prepare", "acc *values", prepared),
+        *columns.of_task("prepare", "acc *values", prepared),
         *collecting(columns, lanes, loads, collected, [], []),
-        *_of_task(columns, "keep", "const double *totals", summed),
+        *columns.of_task("keep", "const double *totals", summed),
         *across.turn(),
-        *_of_task(columns, "finish", "acc *values", finished),
-        *_apply(
-            columns,
-            columns.sweep("end", written, head=columns.loads()),
-            "    if (dx == nullptr) return;",
-        ),
+        *columns.of_task("finish", "acc *values", finished),
+        *columns.apply(written, "    if (dx == nullptr) return;"),
         *_backward_driver(),
         *scattered(columns, of_group, [], []),
         "}",
@@ -125,31 +121,6 @@ def _backward(source: Source) -> list[str]:
 def _head(columns: Columns, across: Across) -> list[str]:
     lengths = "  const int64_t together = outside / sets, many = tasks / sets;"
     return [*columns.head(), *across.head(), lengths]
-
-
-def _of_task(columns: Columns, name: str, given: str, body: list[str]) -> list[str]:
-    """A step of the groups of a task."""
-    arrays = columns.pointers("    ") if "*values" in given else []
-    return [
-        f"  auto {name} = [&](int64_t task, {given}) {{",
-        *columns.task(),
-        *arrays,
-        *columns.each_group(body),
-        "  };",
-    ]
-
-
-def _apply(columns: Columns, sweep: list[str], *first: str) -> list[str]:
-    """A step over the rows of a task."""
-    return [
-        "  auto apply = [&](int64_t task, int64_t begin, int64_t end, acc *values) {",
-        *first,
-        *columns.task(),
-        *columns.pointers("    "),
-        "    int64_t row = begin;",
-        *indented(sweep, 4),
-        "  };",
-    ]
 
 
 def _forward_driver(arrays: int) -> list[str]:
