@@ -18,7 +18,7 @@ from bnrewrite.algebra.expression import Atom, Polynomial, Reduction, added
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Linear, moments_of
 
-from .state import Update
+from .state import Update, meaning_of
 
 Change = Callable[[Polynomial], Polynomial]
 Variance = tuple[int, Polynomial, str]
@@ -149,8 +149,7 @@ def updates_of_means(
     own = moments.mean.bases() | moments.square.bases()
     updates: list[Update] = []
     for buffer, node in candidates:
-        meaning = reading.formula(node)
-        if buffer is None or meaning is None or ring.raw(meaning.value) & reading.anchors:
+        if buffer is None or (meaning := meaning_of(reading, node)) is None:
             continue
         value, means = ring.attached(meaning.value), Means(ring, found, {})
         along = axes_of(meaning.dims)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bnrewrite.algebra import Reading
+from bnrewrite.algebra import Meaning, Reading
 from bnrewrite.algebra.axes import Dim, Dims, Opaque, align, axes_of, product
 from bnrewrite.algebra.calls import dtype_of, is_tensor, shape_of
 from bnrewrite.algebra.expression import (
@@ -145,23 +145,25 @@ def updates_of(
     """
     updates = []
     for buffer, node in candidates:
-        meaning = reading.formula(node)
+        meaning = meaning_of(reading, node)
         if meaning is None:
             continue
-        if reading.ring.raw(meaning.value) & reading.anchors:
-            continue
-        update = _in_site_axes(reading, found, buffer, node)
+        update = _in_site_axes(reading, found, buffer, node, meaning)
         if update is not None and _only_these_moments(reading, found, update.value):
             updates.append(update)
     return updates
 
 
+def meaning_of(reading: Reading, node: fx.Node) -> Meaning | None:
+    """What a new value of a buffer means, if it is made of tensors that have a formula."""
+    meaning = reading.formula(node)
+    return None if meaning is None or reading.ring.raw(meaning.value) & reading.anchors else meaning
+
+
 def _in_site_axes(
-    reading: Reading, found: Match, buffer: fx.Node | None, node: fx.Node
+    reading: Reading, found: Match, buffer: fx.Node | None, node: fx.Node, meaning: Meaning
 ) -> Update | None:
     """A buffer's formula with its axes renamed to the site's kept axes, in order."""
-    meaning = reading.formula(node)
-    assert meaning is not None
     kept: Dim = tuple(a for a in axes_of(found.linear.index) if a not in found.over)
     own: Dim = tuple(axes_of(meaning.dims))
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -193,3 +194,15 @@ def _cast(batches: Sequence[Batch], dtype: torch.dtype) -> list[Any]:
 
 def _is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def check_threads(model: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> None:
+    """Assert that gradients of x are those of one call after the other where four threads call."""
+
+    def step(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad((model(x) ** 3).sum(), x)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(step, inputs))
+    torch.testing.assert_close(together, [step(x) for x in inputs], rtol=0, atol=0)
