@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
+from programs import ACROSS, AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
 from torch import Tensor
 
-from bnrewrite.kernels.generated import call, norm, norm_with_updates
+from bnrewrite.kernels.generated import build, call, kernel, norm, norm_with_updates
 from bnrewrite.kernels.generated.program import parse
 
 SHAPES = {3: (3, 5, 37), 4: (3, 8, 5, 7)}
@@ -73,6 +74,25 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
 )
 def test_sizes(kind: str, shape: tuple[int, ...], threads: int) -> None:
     assert compare(draw(PROGRAMS[kind], shape), norm_with_updates, torch.float32) == []
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "second axis inside"])
+@pytest.mark.parametrize("kind", ["residual", "group", "response"])
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_results_that_are_written_past_the_caches(
+    kind: str, layout: str, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As those above 16 MiB are, here at any size."""
+    limit = "constexpr int64_t PAST = int64_t(16) << 20;"
+    assert build.PRELUDE.count(limit) == 1
+    monkeypatch.setattr(
+        build, "PRELUDE", build.PRELUDE.replace(limit, "constexpr int64_t PAST = 0;")
+    )
+    monkeypatch.setattr(kernel, "compiled_functions", kernel.compiled_functions.__wrapped__)
+    monkeypatch.setenv("BNREWRITE_CACHE", str(tmp_path))
+    for shape in ((2, 32, 3, 16), (2, 8, 5, 7), (2, 80, 15, 20)):  # at last unaligned groups
+        problem = draw((PROGRAMS | ACROSS)[kind], shape, layout)
+        assert compare(problem, norm_with_updates, torch.float32) == []
 
 
 @settings(max_examples=40)

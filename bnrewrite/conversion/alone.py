@@ -49,12 +49,13 @@ class Alone:
 class Camera:
     """Captures the modules of one class.
 
-    Dynamo's guards say which modules have a graph in common: numbers and widths are among them.
+    Dynamo's guards say which modules have a graph in common: numbers and widths are among them. In
+    torch 2.11 the dimension that is fixed is not: each has a call of its own.
     """
 
     taken: list[Alone] = field(default_factory=list)
     _last: list[Alone] = field(default_factory=list)
-    _run: Callable[..., Any] | None = None
+    _runs: dict[int | None, Callable[..., Any]] = field(default_factory=dict)
 
     def take(
         self, module: nn.Module, given: Given, training: bool, fixed: int | None = None
@@ -80,7 +81,7 @@ class Camera:
                 torch._dynamo.mark_static(x, fixed)
             before = _attributes(subject)
             try:
-                found = self._taken(subject, x)
+                found = self._taken(subject, x, fixed)
             except Exception as error:  # whatever the user's code or Dynamo raises
                 cause = getattr(error, "inner_exception", error)
                 if isinstance(cause, Unequal):
@@ -96,9 +97,9 @@ class Camera:
             return found
         raise Unequal(reason)
 
-    def _taken(self, subject: nn.Module, x: Tensor) -> Alone:
-        if self._run is None:
-            self._run = torch.compile(
+    def _taken(self, subject: nn.Module, x: Tensor, fixed: int | None) -> Alone:
+        if fixed not in self._runs:
+            self._runs[fixed] = torch.compile(
                 own_call(), backend=self._backend, dynamic=True, fullgraph=True
             )
         self._last.clear()
@@ -106,7 +107,7 @@ class Camera:
             recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS, specialize_float=True
         )
         with settings, symbols.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            self._run(subject, x)
+            self._runs[fixed](subject, x)
         if len(self._last) != 1:
             raise Unequal(f"its forward has {len(self._last)} graphs")
         return self._last[0]

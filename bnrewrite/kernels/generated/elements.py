@@ -38,7 +38,7 @@ class Element:
             *self._read(),
             f"const V made = {made};",
             *_activated(self.source.program.activation),
-            f"store(y + {self.at}, V(result));",
+            f"store(y + {self.at}, V(result), past_y);",
         ]
 
     def backward(self) -> list[str]:
@@ -66,11 +66,12 @@ class Element:
             made += f" + level{self.ending}"
         if self.source.gradients.variance != 0:
             made += f" + along{self.ending} * {distance}"
-        return f"store_fresh(dx + {self.at}, V({made}), part);"
+        return f"store_fresh(dx + {self.at}, V({made}), part, past_dx);"
 
     def residual_gradient(self) -> list[str]:
         """Write that of the residual, where there is one."""
-        return [f"store(dresidual + {self.at}, V(g));"] if self.source.program.residual else []
+        store = f"store(dresidual + {self.at}, V(g), past_dresidual);"
+        return [store] if self.source.program.residual else []
 
     def fetched(self, *tensors: str) -> list[str]:
         """Ask for what is read a while later."""

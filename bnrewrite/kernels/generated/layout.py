@@ -59,6 +59,12 @@ class Layout:
         last = len(self.loops) - self.columns
         return [i for i in range(last) if self.loops[i].reduced]
 
+    @property
+    def dense(self) -> list[int]:
+        """The loops of the columns, or of a row."""
+        last = len(self.loops)
+        return list(range(last - max(self.columns, 1), last))
+
     def order(self, number: int) -> tuple[str, ...]:
         """The axes of a tensor in the order of memory."""
         return tuple(a for loop in self.loops if number in loop.tensors for a in loop.axes)

@@ -162,6 +162,43 @@ inline void in_large_pages(T *result, int64_t size) {
 #endif
 }
 
+// Results that are larger than this are written past the caches, which else would read each line
+// before it is overwritten. Lines are written whole: rows of `dense` numbers have to begin with one.
+constexpr int64_t PAST = int64_t(16) << 20; // bytes
+
+template <class T>
+inline bool goes_past(const T *result, int64_t size, int64_t dense) {
+  return size * int64_t(sizeof(T)) > PAST && dense % W == 0 && result != nullptr;
+}
+
+template <class T, class V>
+inline void store(T *p, V value, bool past) {
+#if defined(__AVX512F__) || defined(__F16C__)
+  if constexpr (std::is_same_v<V, vec> && std::is_same_v<T, acc>) {
+    if (past && uintptr_t(p) % 64 == 0) {
+      __m256i parts[sizeof value / sizeof(__m256i)];
+      std::memcpy(parts, &value, sizeof value);
+      for (auto &part : parts) _mm256_stream_si256((__m256i *)p + (&part - parts), part);
+      return;
+    }
+  }
+#endif
+  store(p, value);
+}
+
+// At the end of a function: what its threads wrote past the caches is there for all to read.
+struct Settled {
+  int64_t threads;
+  bool past;
+  ~Settled() {
+#if defined(__AVX512F__) || defined(__F16C__)
+    if (!past) return;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    _mm_sfence();
+#endif
+  }
+};
+
 // The numbers from `begin` to `end`, a vector at a time and then one by one.
 template <class Body>
 inline void each(int64_t begin, int64_t end, Body body) {
@@ -220,9 +257,9 @@ inline vec fresh(vec value, Last last) { return last.is_new ? value : vec{}; }
 
 // Stores what is new of a value; the rest stays, as it may be made of what was there before.
 template <class T, class V, int slot>
-inline void store_fresh(T *p, V value, Whole<slot>) { store(p, value); }
+inline void store_fresh(T *p, V value, Whole<slot>, bool past) { store(p, value, past); }
 template <class T>
-inline void store_fresh(T *p, vec value, Last last) { store(p, vec(last.is_new ? value : load<vec>(p))); }
+inline void store_fresh(T *p, vec value, Last last, bool) { store(p, vec(last.is_new ? value : load<vec>(p))); }
 
 // Adds a number or vector to a sum; single numbers may be many, where rows are short.
 template <class V, int slot>

@@ -207,7 +207,16 @@ class Source:
             inner = " * ".join([f"n{j}" for j in loops if j > i])
             lines.append(f"  const int64_t s{i} = {inner or '1'};")
         size = " * ".join(f"n{i}" for i in loops)
-        lines += [f"  in_large_pages({result}, {size});" for result in results]
+        dense = " * ".join([f"n{i}" for i in self.layout.dense])
+        for result in results:
+            past = f"goes_past({result}, {size}, {dense})"
+            if result == "dx":
+                past += " && (const void *)dx != (const void *)dy"  # whose lines were just read
+            lines.append(f"  in_large_pages({result}, {size});")
+            lines.append(f"  const bool past_{result} = {past};")
+        lines.append(
+            f"  const Settled settled{{threads, {' || '.join(f'past_{r}' for r in results)}}};"
+        )
         named = enumerate(self.program.extents())
         lines += [f"  const double {name} = extents[{i}]; (void){name};" for i, name in named]
         return "\n".join(lines)
