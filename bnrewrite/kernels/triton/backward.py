@@ -23,6 +23,7 @@ from ..generated.program import Program
 from .activations import differentiated
 from .formulas import of_elements
 from .forward import PARTS, part_indices
+from .means import loaded, slopes, sums_of_groups, taking
 from .source import Tiled, indented
 
 
@@ -88,7 +89,7 @@ def backward_sums(tiled: Tiled) -> str:
         *indented(_read(tiled)),
         "    lane_d0 += d",
         "    lane_d1 += d * u",
-        *_sums_of_cells("lane_d0", "lane_d1"),
+        *_sums_of_cells(*(f"lane_d{k}.to(tl.{tiled.of_parts})" for k in range(2))),
         *_sums_of_group(tiled),
         *[
             f"tl.store(sums + ({k} * parts + part) * {groups} + group, {s.symbol},"
@@ -120,19 +121,13 @@ def backward_sums(tiled: Tiled) -> str:
 
 def backward_apply(tiled: Tiled) -> str:
     """One program puts the sums of parts together, and writes its own part of dx."""
-    groups = tiled.count(tiled.groups)
-    mask = tiled.mask("p < parts", cells=False)
     own = made_by_groups(tiled)
     lines = [
         *part_indices(tiled),
         *tiled.cell_indices("part_c * C"),
         *_statistics(tiled, tiled.groups),
-        "p = tl.arange(0, P)[None, :, None]",
-        *[
-            f"{s.symbol} = tl.sum(tl.load(sums + ({k} * parts + p) * {groups} + group, mask={mask},"
-            " other=0.0), 1, keep_dims=True)"
-            for k, s in enumerate(tiled.gradients.sums)
-        ],
+        *sums_of_groups(tiled),
+        *slopes(tiled, taking(tiled)),
         *_of_group(tiled),
         *(["if part == 0:", *indented(_stored_own(tiled))] if own else []),
         "for step in range(steps):",
@@ -140,8 +135,9 @@ def backward_apply(tiled: Tiled) -> str:
         *indented(_read(tiled, residual=False)),
         *indented(_input_gradient(tiled)),
     ]
+    sums = ["totals", "slopes"] if taking(tiled) else ["sums"]
     head = tiled.signature(
-        "backward_apply", [*given(tiled, "dx", *own, "sums"), *PARTS], ("G", "C", "E", "P")
+        "backward_apply", [*given(tiled, "dx", *own, *sums), *PARTS], ("G", "C", "E", "P")
     )
     return "\n".join([*head, *indented(lines)])
 
@@ -167,6 +163,7 @@ def _statistics(tiled: Tiled, loops: Sequence[int]) -> list[str]:
         *tiled.statistics(),
         *tiled.tensors(firm, loops),
         *tiled.widened(firm),
+        *loaded(tiled, len(tiled.averages)),
         *tiled.of_group(named, "z"),
         *tiled.narrowed([name for name, _ in named]),
     ]

@@ -34,8 +34,9 @@ from ..generated.program import parse
 from ..generated.record import PLAIN
 from .compiled import kernel
 from .forward import given
+from .means import runs
 from .source import Tiled
-from .tiles import Tile, tile
+from .tiles import MeanTile, Tile, tile, tiles_of_means
 
 LARGEST = 2**31 - 1  # the elements that 32 bits count
 FORWARD = {True: ("forward",), False: ("forward_moments", "forward_apply")}
@@ -53,7 +54,9 @@ class Launch:
         lengths: of its loops.
         sizes: of its axes.
         forward, backward: the tiles.
-        single: the dtype of the moments.
+        means: those of the means over groups, of the forward and of the backward.
+        single: the dtype that is computed in.
+        moments: that of the moments.
         result: the dtype of y.
         kernels: by their names.
     """
@@ -63,7 +66,9 @@ class Launch:
     sizes: dict[str, Any]
     forward: Tile
     backward: Tile
+    means: tuple[list[MeanTile], list[MeanTile]]
     single: torch.dtype
+    moments: torch.dtype
     result: torch.dtype
     kernels: dict[str, Any]
 
@@ -85,7 +90,13 @@ class Launch:
         """The lengths of some loops."""
         return [self.lengths[i] for i in loops]
 
-    def run(self, name: str, programs: Any, tile: Tile, *arguments: Any, parts: bool) -> None:
+    def averages(self, count: int) -> Any:
+        """How many numbers the first means over groups have."""
+        return sum(math.prod(self.along(runs(self.tiled, k))) for k in range(count))
+
+    def run(
+        self, name: str, programs: Any, tile: Tile | MeanTile, *arguments: Any, parts: bool
+    ) -> None:
         """Launch a kernel."""
         made = self.kernels[name]
         if _is_interpreted(made) and any(isinstance(each, FakeTensor) for each in arguments):
@@ -126,7 +137,7 @@ def _launch_of(
     program = parse(text)
     if any(each not in FLOATING for each in (dtype, *dtypes)) or math.prod(shape) == 0:
         return None
-    if check_program(text) is not None or program.means:
+    if check_program(text) is not None:
         return None
     if not fits(program, shape, shapes):
         return None
@@ -149,16 +160,24 @@ def _launch_of(
     before, after = tiles
     if before is None or after is None:
         return None
+    means = (
+        tiles_of_means(tiled, lengths, before.most_parts, backward=False),
+        tiles_of_means(tiled, lengths, after.most_parts, backward=True),
+    )
+    names = [*FORWARD[before.whole], *BACKWARD[after.whole]]
+    names += [each.name for some in means for each in some]
     return Launch(
         tiled=tiled,
         lengths=tuple(lengths),
         sizes=program.axis_sizes(shape),
         forward=before,
         backward=after,
+        means=means,
         single=single,
+        moments=getattr(torch, tiled.of_parts),
         result=program.dtype or dtype,
         kernels={  # printed now, so that what cannot be is known before anything runs
-            name: kernel(tiled, name) for name in (*FORWARD[before.whole], *BACKWARD[after.whole])
+            name: kernel(tiled, name) for name in names
         },
     )
 
@@ -176,13 +195,14 @@ def _processors(device: torch.device) -> int:
 def run_forward(
     launch: Launch, x: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``y``, the moments, and the updates."""
+    """``y``, the moments with the means over groups behind them, and the updates."""
     cut, program = launch.forward, launch.tiled.program
     count = len(program.tensors)
     residual = [like(tensors[count], x)] if program.residual else []
     y = torch.empty_like(x, dtype=launch.result)
-    moments = x.new_empty((1 if program.about_zero else 2, launch.groups), dtype=launch.single)
-    updates = [moments.new_empty(launch.groups) for _ in program.updates]
+    count_saved = launch.tiled.moments * launch.groups + launch.averages(len(program.means))
+    moments = x.new_empty(count_saved, dtype=launch.moments)
+    updates = [x.new_empty(launch.groups, dtype=launch.single) for _ in program.updates]
     ordered = [launch.ordered(i, t) for i, t in enumerate(tensors[:count])]
     pointers = [x, *residual, y, moments, *updates]
     assert len(pointers) + count == len(given(program))
@@ -191,9 +211,12 @@ def run_forward(
         launch.run("forward", blocks, cut, *pointers, *ordered, parts=False)
     else:
         parts = (cut.steps, cut.parts, cut.parts_e)
-        both = x.new_empty((moments.shape[0], cut.parts, launch.groups), dtype=launch.single)
-        partial = list(both.unbind())
+        shape = (launch.tiled.moments, cut.parts, launch.groups)
+        partial = list(x.new_empty(shape, dtype=launch.moments).unbind())
         launch.run("forward_moments", blocks * cut.parts, cut, x, *partial, *parts, parts=False)
+        if program.means:
+            _average(launch, partial, moments, ordered)
+            partial = []
         launch.run(
             "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *ordered, *parts,
             parts=True,
@@ -239,14 +262,16 @@ def run_backward(
     else:
         parts = (cut.steps, cut.parts, cut.parts_e)
         shape = (len(tiled.gradients.sums), cut.parts, launch.groups)
-        sums = x.new_empty(shape, dtype=launch.single)
+        sums = [x.new_empty(shape, dtype=launch.moments)]
         launch.run(
-            "backward_sums", cut.workers * lanes * cut.parts, cut, *before, *extra, *cells, sums,
+            "backward_sums", cut.workers * lanes * cut.parts, cut, *before, *extra, *cells, *sums,
             *firm, cut.turns, *parts, parts=False,
         )  # fmt: skip
+        if launch.means[1]:
+            sums = _turn(launch, moments, sums[0], tensors)
         blocks = -(-launch.groups // cut.groups)
         launch.run(
-            "backward_apply", blocks * cut.parts, cut, *before, dx, *own, sums, *firm, *parts,
+            "backward_apply", blocks * cut.parts, cut, *before, dx, *own, *sums, *firm, *parts,
             parts=True,
         )  # fmt: skip
     made = dict(zip(tiled.gradients.groups, own, strict=True))
@@ -254,6 +279,47 @@ def run_backward(
     for i, value in zip(tiled.summed, cells, strict=True):
         found[i] = _gathered(launch, i, value.sum(0), inside, tensors[i])
     return dx, dresidual, found
+
+
+def _average(
+    launch: Launch, partial: Sequence[Tensor], moments: Tensor, ordered: Sequence[Tensor]
+) -> None:
+    """Put the moments of parts together, and write them and the means over groups.
+
+    Args:
+        launch: made for these.
+        partial: moments of parts.
+        moments: where they and the means go.
+        ordered: the tensors of the program.
+    """
+    cut = launch.forward
+    before, numbers = [*partial], [cut.parts, cut.steps * cut.elements]
+    for each in launch.means[0]:
+        known = [*before, moments, *(ordered[i] for i in each.tensors), each.steps, *numbers]
+        launch.run(each.name, each.programs, each, *known, parts=True)
+        before, numbers = [], []
+
+
+def _turn(launch: Launch, moments: Tensor, sums: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of groups, and what the means over groups take, over the number of their groups.
+
+    Args:
+        launch: made for these.
+        moments: with the means behind them.
+        sums: of parts.
+        tensors: of the program.
+    """
+    made = [
+        sums.new_empty((sums.shape[0], launch.groups)),
+        sums.new_empty(launch.averages(len(launch.tiled.averages))),
+    ]
+    before, numbers = [sums], [launch.backward.parts]
+    for each in launch.means[1]:
+        read = [launch.ordered(i, tensors[i]) for i in each.tensors]
+        known = [moments, *before, *made, *read, each.steps, *numbers]
+        launch.run(each.name, each.programs, each, *known, parts=True)
+        before, numbers = [], []
+    return made
 
 
 def _of_groups(launch: Launch, x: Tensor, number: int, tensor: Tensor) -> Tensor:

@@ -93,12 +93,27 @@ class Tiled:
     @cached_property
     def double(self) -> bool:
         """Whether values of a group are in double precision."""
-        return self.single == "float64" or wants_double(self.program)
+        return self.single == "float64" or bool(self.averages) or wants_double(self.program)
+
+    @property
+    def averages(self) -> range:
+        """The means over groups."""
+        return range(len(self.program.means))
+
+    @property
+    def moments(self) -> int:
+        """How many moments of each group are saved."""
+        return 1 if self.program.about_zero else 2
 
     @property
     def acc(self) -> str:
         """The type that is computed in."""
         return f"tl.{self.single}"
+
+    @property
+    def of_parts(self) -> str:
+        """The type of moments and sums of a group and of its parts."""
+        return "float64" if self.averages else self.single
 
     @cached_property
     def inner(self) -> list[int]:
@@ -183,7 +198,7 @@ class Tiled:
         """The symbols of extents that the formulas have."""
         program, made = self.program, self.gradients
         values = [program.centre, *program.updates, made.mean, made.variance]
-        values += [*made.groups.values()]
+        values += [*made.groups.values(), *made.means, *(mean.value for mean in program.means)]
         values += [term.group for term in (*program.scale, *program.shift)]
         used = {symbol for value in values for symbol in value.free_symbols}
         return [symbol for symbol in program.extents() if symbol in used]
@@ -232,7 +247,7 @@ class Tiled:
         return [
             *lines,
             f"M = tl.load(moments + group, mask={mask}, other=0.0)",
-            "middle = M",
+            f"middle = M.to({self.acc})",
             f"V = tl.load(moments + {every} + group, mask={mask}, other=1.0)",
         ]
 
