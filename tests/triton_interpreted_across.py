@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from contract import contract_violations, error
-from programs import ACROSS, LAYOUTS, Problem, by_reference, compare, draw
-from test_models_across import Apart, Blended, Response, Stopped, Switched, images
+from programs import ACROSS, Problem, by_reference, compare, draw
+from test_models_across import Response, Switched
 from torch import Tensor, nn
 
 from bnrewrite import explain, optimize
@@ -23,7 +24,7 @@ from bnrewrite.kernels.triton import launch, operators, run_on_gpu, tiles
 assert operators  # its import registers the operators
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton_kernels.py"
 
-SHAPE = (3, 8, 5, 7)
+SHAPE = (2, 4, 3, 7)
 INSIDE = "second axis inside"
 RESPONSE = "x[n c h w] over h w about zero; t0[c]; "
 TEXTS = ACROSS | {
@@ -31,8 +32,8 @@ TEXTS = ACROSS | {
         f"{RESPONSE}m0[n] = Root(N*V); scale = t0*Root(N*V)/(m0 + 1.0e-6); residual; relu"
     ),
     "of all": "x[n c h w] over h w; t0[c]; m0[] = t0*M; centre = m0; scale = 1; u0 = m0; gelu",
-    "stopped": f"{RESPONSE}m0[n] = Vs; scale = t0*(Vs + m0)**(-1/2)",
-    "two axes": "x[n c h w] over w; m0[h n] = M; m1[c] = V + m0; centre = m0; scale = 1/m1",
+    "stopped": f"{RESPONSE}m0[n] = Vs; scale = t0*(Vs + m0)**(-1/2); silu",
+    "of rows": "x[n c h w] over w; m0[h n] = M; m1[c] = V + m0; centre = m0; scale = 1/m1",
     "of one group": "x[n c h w] over n c h w; m0[] = V; centre = M; scale = (V + m0)**(-1/2)",
 }
 SQUARED = (
@@ -63,12 +64,16 @@ def launched(problem: Problem) -> launch.Launch:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [*((kind, "contiguous") for kind in TEXTS), ("mixture", INSIDE)]
+    ("kind", "layout"),
+    [
+        *((kind, "contiguous") for kind in TEXTS if kind not in ("mixture", "of rows")),
+        ("mixture", INSIDE),
+    ],
 )
 def test_values_and_gradients(kind: str, layout: str, tiling: str) -> None:
     problem = draw(TEXTS[kind], SHAPE, layout)
     parts = {cut.parts > 1 for cut in (launched(problem).forward, launched(problem).backward)}
-    assert parts == {tiling == "parts of groups" and kind != "two axes"}
+    assert parts == {tiling == "parts of groups"}
     assert compare(problem, by_kernels, torch.float32) == []
 
 
@@ -76,9 +81,10 @@ def test_values_and_gradients(kind: str, layout: str, tiling: str) -> None:
     ("kind", "shape", "layout"),
     [
         ("response", (1, 1, 1, 1), "contiguous"),
-        ("response", (70, 3, 2, 2), "expanded"),
-        ("response", (2, 3, 30, 50), "with holes"),
-        ("mixture", (2, 3, 40, 3), INSIDE),
+        ("response", (5, 3, 2, 2), "expanded"),
+        ("response", (2, 3, 40, 103), "with holes"),
+        ("mixture", (2, 3, 20, 1), INSIDE),
+        ("of rows", (2, 3, 4, 5), "contiguous"),
     ],
 )
 def test_sizes(kind: str, shape: tuple[int, ...], layout: str) -> None:
@@ -91,14 +97,22 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert compare(draw(TEXTS["response"], SHAPE, INSIDE), by_kernels, dtype) == []
 
 
+@pytest.mark.parametrize("tiling", ["parts of groups"], indirect=True)
 def test_counting_in_64_bits(monkeypatch: pytest.MonkeyPatch, tiling: str) -> None:
     monkeypatch.setattr(launch, "LARGEST", 0)
     assert compare(draw(TEXTS["mixture"], SHAPE), by_kernels, torch.float32) == []
 
 
-@pytest.mark.parametrize("kind", ["response", "mixture"])
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("place", ["element", "sample"])
+@pytest.mark.parametrize(
+    ("kind", "place", "value"),
+    [
+        ("response", "sample", 0.0),
+        ("response", "element", float("inf")),
+        ("mixture", "sample", 0.0),
+        ("mixture", "element", float("nan")),
+        ("mixture", "element", float("inf")),
+    ],
+)
 def test_exceptional_values(kind: str, place: str, value: float) -> None:
     """NaN and inf are where the formula by torch's operations has them, others are close."""
     problem = draw(TEXTS[kind], SHAPE)
@@ -122,7 +136,7 @@ def test_differences_of_groups_far_from_zero(tiling: str) -> None:
 
 def test_operators() -> None:
     """Schemas, autograd and fake tensors; tracing is in ``test_triton_builds.py``."""
-    problem = draw(TEXTS["mixture"], SHAPE)
+    problem = draw(TEXTS["response"], SHAPE)
     x = problem.x.float().requires_grad_()
     tensors = [t.float().requires_grad_() for t in problem.tensors]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -152,20 +166,17 @@ def test_what_is_kept_for_the_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        by_kernels(problem.text, problem.x.float().requires_grad_(), *problem.tensors[:0], *[
-            t.float() for t in problem.tensors
-        ])
+        single = [t.float() for t in problem.tensors]
+        by_kernels(problem.text, problem.x.float().requires_grad_(), *single)
     tensors = sum(4 * t.numel() for t in problem.tensors)
-    assert sum(kept.values()) <= 4 * problem.x.numel() + 8 * (2 * 24 + 2 * 3 + 2 * 8) + tensors
+    assert sum(kept.values()) <= 4 * problem.x.numel() + 8 * (2 * 8 + 2 * 2 + 2 * 4) + tensors
 
 
-@pytest.mark.parametrize(
-    "build", [Response, Apart, Stopped, Blended, Switched, lambda: Switched(far=4096)]
-)
+@pytest.mark.parametrize("build", [Response, partial(Switched, far=4096)])
 def test_models(
-    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch, repeatable: None
+    build: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch, repeatable: None
 ) -> None:
-    """The texts that the passes write, with the buffers: the contract holds on these kernels too."""
+    """The texts that the passes write, with the buffers: the contract holds here too."""
     texts: list[str] = []
 
     def call(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -179,7 +190,7 @@ def test_models(
     def generated(model: Any) -> Any:
         return optimize(model, backend="eager", kernels="generated")
 
-    model, batches = build(), [images() for _ in range(3)]
+    model, batches = build(4), [torch.randn(SHAPE) * 2 + 0.5 for _ in range(2)]
     assert contract_violations(model, generated, batches) == []
     assert any(parse(text).means for text in texts)
     (site,) = explain(generated(model), batches[0]).sites
