@@ -74,7 +74,25 @@ class LayerNorm(nn.Module):
         ).relu()
 
 
-def on_a_gpu(options: Options) -> tuple[str | None, str, list[object]]:
+class Response(nn.Module):
+    """The length of each channel over the mean of all lengths, or over the largest."""
+
+    def __init__(self, *, largest: bool = False) -> None:
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
+        others = lengths.amax(1, True) if self.largest else lengths.mean(1, True)
+        return (x * (lengths / (others + 1e-6)) + x).relu()
+
+
+ROWS, IMAGES = (32, 64), (4, 64, 14, 14)
+
+
+def on_a_gpu(
+    options: Options, model: nn.Module | None = None, shape: tuple[int, ...] = ROWS
+) -> tuple[str | None, str, list[object]]:
     """The lowering, the notes and the targets that a model gets whose tensors lie on a GPU."""
     graphs: list[Canonical] = []
 
@@ -82,7 +100,7 @@ def on_a_gpu(options: Options) -> tuple[str | None, str, list[object]]:
         graphs.append(canonicalise(graph, inputs))
         return graph.forward
 
-    torch.compile(LayerNorm(), backend=backend)(torch.randn(32, 64))
+    torch.compile(model or LayerNorm(), backend=backend)(torch.randn(shape))
     (canonical,) = graphs
     for node in canonical.module.graph.nodes:
         value = node.meta.get("val")
@@ -113,6 +131,22 @@ def test_inductor_gets_the_operator() -> None:
     assert not {norm, torch.ops.aten.relu.default} & set(targets)
     for options in (Options(stage="inductor"), Options(kernels="generated", stage="export")):
         assert torch.ops.bnrewrite.norm_forward.default not in on_a_gpu(options)[2]
+
+
+def test_a_gpu_gets_kernels_of_means_over_groups(unwritable: list[str]) -> None:
+    """By a call or by the operator; a maximum over groups has none, as on a CPU."""
+    pytest.importorskip("triton")
+    for stage, target in (("eager", norm), ("inductor", torch.ops.bnrewrite.norm_forward.default)):
+        options = Options(kernels="generated", stage=stage)
+        lowering, _, targets = on_a_gpu(options, Response(), IMAGES)
+        assert lowering == "generated"
+        assert target in targets
+        assert torch.ops.aten.relu.default not in targets
+    assert unwritable == []
+    lowering, _, targets = on_a_gpu(Options(kernels="generated"), Response(largest=True), IMAGES)
+    assert lowering != "generated"
+    assert norm not in targets
+    assert unwritable == ["another statistic than the mean and the variance"]
 
 
 def test_inductor_gets_none_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,21 @@ import triton.language
 
 from .backward import backward, backward_apply, backward_sums
 from .forward import forward, forward_apply, forward_moments
-from .means import backward_mean, forward_mean
+from .means import backward_groups, backward_mean, forward_groups, forward_mean
 from .source import Tiled
 
 PRINTERS = {
     each.__name__: each
-    for each in (forward, forward_moments, forward_apply, backward, backward_sums, backward_apply)
+    for each in (
+        forward,
+        forward_moments,
+        forward_groups,
+        forward_apply,
+        backward,
+        backward_sums,
+        backward_groups,
+        backward_apply,
+    )
 }
 MEANS = {each.__name__: each for each in (forward_mean, backward_mean)}
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 from ..generated.program import Program
 from .activations import activated
 from .formulas import of_elements
-from .means import loaded
+from .means import coefficients
 from .source import Tiled, indented
 
 
@@ -117,19 +117,26 @@ PARTS = ("steps", "parts", "parts_e")
 def forward_apply(tiled: Tiled) -> str:
     """One program puts the moments of parts together, and writes its own part."""
     partial = [*(["means"] if not tiled.program.about_zero else []), "spreads"]
-    lines = [
-        *part_indices(tiled),
-        *(tiled.statistics() if tiled.averages else _put_together(tiled)),
+    known = [
+        *_put_together(tiled),
         *tiled.cell_indices("part_c * C"),
         *_of_groups(tiled),
         "if part == 0:",
-        *indented(_stored(tiled) or ["pass"]),
+        *indented(_stored(tiled)),
+    ]
+    if tiled.averages:  # where all of this is known
+        known = [*tiled.cell_indices("0"), *coefficients(tiled)]
+    lines = [
+        *part_indices(tiled),
+        *known,
         "for step in range(steps):",
         *indented(tiled.element_indices("begin + step * E")),
         f"    value = tl.load(x + at, mask=inside, other=0.0).to({tiled.acc})",
         *indented(_written(tiled)),
     ]
-    names = given(tiled.program, *([] if tiled.averages else partial))
+    names = given(tiled.program, *partial)
+    if tiled.averages:
+        names = ["x", *(["residual"] if tiled.program.residual else []), "y", "moments"]
     head = tiled.signature("forward_apply", [*names, *PARTS], ("G", "C", "E", "P"))
     return "\n".join([*head, *indented(lines)])
 
@@ -199,17 +206,15 @@ def _of_groups(tiled: Tiled) -> list[str]:
         *saved,
         *tiled.tensors([*every], tiled.groups),
         *tiled.widened([*every]),
-        *loaded(tiled, len(tiled.averages)),
         *tiled.of_group(named, "z"),
         *tiled.narrowed([name for name, _ in named]),
     ]
 
 
 def _stored(tiled: Tiled) -> list[str]:
-    """Moments, where no mean has kept them, and updates."""
+    """Moments and updates."""
     mask, every = tiled.mask(cells=False), tiled.count(tiled.groups)
     names = ["saved_V"] if tiled.program.about_zero else ["saved_M", "saved_V"]
-    names = [] if tiled.averages else names
     lines = [
         f"tl.store(moments + {place} * {every} + g, {name}, mask={mask})"
         for place, name in enumerate(names)

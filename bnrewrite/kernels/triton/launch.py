@@ -90,6 +90,14 @@ class Launch:
         """The lengths of some loops."""
         return [self.lengths[i] for i in loops]
 
+    @property
+    def saved(self) -> Any:
+        """How many numbers a backward has of the forward: moments, and what is behind them."""
+        tiled = self.tiled
+        behind = self.averages(len(tiled.averages)) if tiled.averages else 0
+        coefficients = len(tiled.source.names()) if tiled.averages else 0
+        return (tiled.moments + coefficients) * self.groups + behind
+
     def averages(self, count: int) -> Any:
         """How many numbers the first means over groups have."""
         return sum(math.prod(self.along(runs(self.tiled, k))) for k in range(count))
@@ -200,8 +208,7 @@ def run_forward(
     count = len(program.tensors)
     residual = [like(tensors[count], x)] if program.residual else []
     y = torch.empty_like(x, dtype=launch.result)
-    count_saved = launch.tiled.moments * launch.groups + launch.averages(len(program.means))
-    moments = x.new_empty(count_saved, dtype=launch.moments)
+    moments = x.new_empty(launch.saved, dtype=launch.moments)
     updates = [x.new_empty(launch.groups, dtype=launch.single) for _ in program.updates]
     ordered = [launch.ordered(i, t) for i, t in enumerate(tensors[:count])]
     pointers = [x, *residual, y, moments, *updates]
@@ -214,13 +221,11 @@ def run_forward(
         shape = (launch.tiled.moments, cut.parts, launch.groups)
         partial = list(x.new_empty(shape, dtype=launch.moments).unbind())
         launch.run("forward_moments", blocks * cut.parts, cut, x, *partial, *parts, parts=False)
+        pointers += [*partial, *ordered]
         if program.means:
-            _average(launch, partial, moments, ordered)
-            partial = []
-        launch.run(
-            "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *ordered, *parts,
-            parts=True,
-        )  # fmt: skip
+            _average(launch, partial, moments, updates, ordered)
+            pointers = [x, *residual, y, moments]
+        launch.run("forward_apply", blocks * cut.parts, cut, *pointers, *parts, parts=True)
     sizes, places = order_of_groups(program, launch.tiled.layout, launch.sizes)
     return y, moments, [update.view(sizes).permute(places) for update in updates]
 
@@ -246,7 +251,7 @@ def run_backward(
     tiled, cut, program = launch.tiled, launch.backward, launch.tiled.program
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if program.residual else None
-    firm = [launch.ordered(i, tensors[i]) for i in tiled.read]
+    firm = [] if program.means else [launch.ordered(i, tensors[i]) for i in tiled.read]
     before = [like(dy, x), x, *([] if y is None else [y]), moments]
     extra = [] if dresidual is None else [dresidual]
     own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]
@@ -262,18 +267,16 @@ def run_backward(
     else:
         parts = (cut.steps, cut.parts, cut.parts_e)
         shape = (len(tiled.gradients.sums), cut.parts, launch.groups)
-        sums = [x.new_empty(shape, dtype=launch.moments)]
+        sums = x.new_empty(shape, dtype=launch.moments)
         launch.run(
-            "backward_sums", cut.workers * lanes * cut.parts, cut, *before, *extra, *cells, *sums,
+            "backward_sums", cut.workers * lanes * cut.parts, cut, *before, *extra, *cells, sums,
             *firm, cut.turns, *parts, parts=False,
         )  # fmt: skip
-        if launch.means[1]:
-            sums = _turn(launch, moments, sums[0], tensors)
         blocks = -(-launch.groups // cut.groups)
-        launch.run(
-            "backward_apply", blocks * cut.parts, cut, *before, dx, *own, *sums, *firm, *parts,
-            parts=True,
-        )  # fmt: skip
+        known = [dx, *own, sums, *firm]
+        if program.means:
+            known = [dx, _turn(launch, moments, sums, own, tensors)]
+        launch.run("backward_apply", blocks * cut.parts, cut, *before, *known, *parts, parts=True)
     made = dict(zip(tiled.gradients.groups, own, strict=True))
     found = {i: _gathered(launch, i, v, tiled.groups, tensors[i]) for i, v in made.items()}
     for i, value in zip(tiled.summed, cells, strict=True):
@@ -282,44 +285,61 @@ def run_backward(
 
 
 def _average(
-    launch: Launch, partial: Sequence[Tensor], moments: Tensor, ordered: Sequence[Tensor]
+    launch: Launch,
+    partial: Sequence[Tensor],
+    moments: Tensor,
+    updates: Sequence[Tensor],
+    ordered: Sequence[Tensor],
 ) -> None:
-    """Put the moments of parts together, and write them and the means over groups.
+    """Put the moments of parts together, and make the means over groups and what follows of them.
 
     Args:
         launch: made for these.
         partial: moments of parts.
-        moments: where they and the means go.
+        moments: where they, the means, and the coefficients go.
+        updates: where these go.
         ordered: the tensors of the program.
     """
     cut = launch.forward
     before, numbers = [*partial], [cut.parts, cut.steps * cut.elements]
-    for each in launch.means[0]:
+    *means, last = launch.means[0]
+    for each in means:
         known = [*before, moments, *(ordered[i] for i in each.tensors), each.steps, *numbers]
         launch.run(each.name, each.programs, each, *known, parts=True)
         before, numbers = [], []
+    known = [moments, *updates, *(ordered[i] for i in last.tensors)]
+    launch.run(last.name, last.programs, last, *known, parts=True)
 
 
-def _turn(launch: Launch, moments: Tensor, sums: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of groups, and what the means over groups take, over the number of their groups.
+def _turn(
+    launch: Launch,
+    moments: Tensor,
+    sums: Tensor,
+    own: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+) -> Tensor:
+    """What the means over groups take, over the number of their groups, and what dx takes of each.
 
     Args:
         launch: made for these.
         moments: with the means behind them.
         sums: of parts.
+        own: where that goes what tensors take of each group.
         tensors: of the program.
     """
-    made = [
-        sums.new_empty((sums.shape[0], launch.groups)),
-        sums.new_empty(launch.averages(len(launch.tiled.averages))),
-    ]
+    *means, last = launch.means[1]
+    slopes = sums.new_empty(launch.averages(len(launch.tiled.averages)) + 2 * launch.groups)
+    totals = sums.new_empty((sums.shape[0], launch.groups)) if means else sums
     before, numbers = [sums], [launch.backward.parts]
-    for each in launch.means[1]:
+    for each in means:
         read = [launch.ordered(i, tensors[i]) for i in each.tensors]
-        known = [moments, *before, *made, *read, each.steps, *numbers]
+        known = [moments, *before, totals, slopes, *read, each.steps, *numbers]
         launch.run(each.name, each.programs, each, *known, parts=True)
         before, numbers = [], []
-    return made
+    read = [launch.ordered(i, tensors[i]) for i in last.tensors]
+    known = [moments, totals, slopes, *own, *read, launch.backward.parts]
+    launch.run(last.name, last.programs, last, *known, parts=True)
+    return slopes
 
 
 def _of_groups(launch: Launch, x: Tensor, number: int, tensor: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
-"""Means over groups: two small kernels for each, between the passes over the tensor.
+"""Means over groups: small kernels between the passes over the tensor.
 
 Where a group needs the others, x is read by ``forward_moments`` and again by ``forward_apply``, and
 a backward by ``backward_sums`` and ``backward_apply``. Between them, with some numbers per group:
 
     forward_mean0    puts the moments of parts together, keeps them, and makes the first mean
     forward_mean1    makes the next, of moments and of the means before it
+    forward_groups   makes the coefficients and the updates of each group
     backward_mean1   puts the sums of parts together, keeps them, and makes what the last mean takes
     backward_mean0   makes what the mean before takes, of the sums and of what the later ones take
+    backward_groups  makes what an element of dx, and what tensors, take of each group
 
 A program has some means, and goes over their groups, always in the same order. All of this is in
-double precision, as are the moments that are saved, and behind them lie the means: a difference of
-statistics of different groups keeps its digits, and a backward makes no mean again.
+double precision, as are the moments that are saved: a difference of statistics of different groups
+keeps its digits. Behind the moments lie the means and the coefficients, for the backward; so the
+large kernels have a few numbers of each group to read, and no formula of statistics.
 """
 
 from __future__ import annotations
@@ -43,9 +46,7 @@ def taking(tiled: Tiled) -> list[int]:
 
 def tensors_of_mean(tiled: Tiled, number: int, *, backward: bool) -> list[int]:
     """The tensors that a kernel reads: all that its value is made of."""
-    value = _value(tiled, number, backward)
-    every = range(len(tiled.program.tensors))
-    return [i for i in every if tiled.program.symbol(i) in value.free_symbols]
+    return _within(tiled, [_value(tiled, number, backward)])
 
 
 def forward_mean(tiled: Tiled, number: int) -> str:
@@ -76,6 +77,111 @@ def backward_mean(tiled: Tiled, number: int) -> str:
     ]
     names = ["moments", *(["sums"] if first else []), "totals", "slopes"]
     return _averaged(tiled, "backward", number, names, ["parts"] if first else [], lines)
+
+
+def tensors_of_groups(tiled: Tiled, *, backward: bool) -> list[int]:
+    """The tensors that the kernel of all groups reads."""
+    values = [value for _, value in _of_groups(tiled, backward)]
+    return _within(tiled, values)
+
+
+def coefficients(tiled: Tiled, wanted: Sequence[str] | None = None) -> list[str]:
+    """The coefficients of each group as the forward has made them; by default all."""
+    groups, mask = tiled.count(tiled.groups), tiled.mask(cells=False)
+    begin = _begin(tiled, len(tiled.averages), "moments")
+    return [
+        f"group = {tiled.flat(tiled.groups)} + 0 * g",
+        *[
+            f"{name} = tl.load(moments + {begin} + {place} * {groups} + group, mask={mask},"
+            f" other=1.0).to({tiled.acc})"
+            for place, name in enumerate(tiled.source.names())
+            if wanted is None or name in wanted
+        ],
+    ]
+
+
+def gradients_of_groups(tiled: Tiled) -> list[str]:
+    """What an element of dx takes of its group."""
+    groups, mask = tiled.count(tiled.groups), tiled.mask(cells=False)
+    begin = _begin(tiled, len(tiled.averages), "slopes")
+    lines = [
+        f"{name} = tl.load(slopes + {begin} + {place} * {groups} + group, mask={mask},"
+        f" other=0.0).to({tiled.acc})"
+        for place, name in enumerate(("level", "along"))
+    ]
+    if not tiled.program.about_zero:
+        lines.append(f"middle = tl.load(moments + group, mask={mask}, other=0.0).to({tiled.acc})")
+    return lines
+
+
+def forward_groups(tiled: Tiled) -> str:
+    """One program has the coefficients and the updates of some groups."""
+    groups, mask = tiled.count(tiled.groups), tiled.mask(cells=False)
+    begin = _begin(tiled, len(tiled.averages), "moments")
+    wanted = tensors_of_groups(tiled, backward=False)
+    updates = [f"u{i}" for i in range(len(tiled.program.updates))]
+    lines = [
+        *tiled.group_indices("tl.program_id(0) * G", tiled.groups),
+        *tiled.statistics(),
+        *tiled.tensors(wanted, tiled.groups),
+        *tiled.widened(wanted),
+        *loaded(tiled, len(tiled.averages)),
+        *tiled.of_group(_of_groups(tiled, False), "z"),
+        *[
+            f"tl.store(moments + {begin} + {place} * {groups} + group, {name}, mask={mask})"
+            for place, name in enumerate(tiled.source.names())
+        ],
+        *[f"tl.store(updates{i} + group, {name}, mask={mask})" for i, name in enumerate(updates)],
+    ]
+    names = ["moments", *(f"updates{i}" for i in range(len(updates)))]
+    arguments = [*names, *(f"t{i}_" for i in wanted)]
+    return "\n".join([*tiled.signature("forward_groups", arguments, CONSTANTS), *indented(lines)])
+
+
+def backward_groups(tiled: Tiled) -> str:
+    """One program has what some groups give to dx and to tensors."""
+    groups, mask = tiled.count(tiled.groups), tiled.mask(cells=False)
+    begin = _begin(tiled, len(tiled.averages), "slopes")
+    wanted = tensors_of_groups(tiled, backward=True)
+    own = list(tiled.gradients.groups)
+    made = ("dM / N", "2.0 * dV / N", *(f"take{i}" for i in own))
+    places = [*(f"slopes + {begin} + {place} * {groups}" for place in range(2))]
+    places += [f"own{i}" for i in own]
+    lines = [
+        *tiled.group_indices("tl.program_id(0) * G", tiled.groups),
+        *tiled.statistics(),
+        *tiled.tensors(wanted, tiled.groups),
+        *tiled.widened(wanted),
+        *loaded(tiled, len(tiled.averages)),
+        *sums_of_groups(tiled),
+        *slopes(tiled, taking(tiled)),
+        *tiled.of_group(_of_groups(tiled, True), "z"),
+        *[
+            f"tl.store({place} + group, {value}, mask={mask})"
+            for place, value in zip(places, made, strict=True)
+        ],
+    ]
+    sums = "totals" if taking(tiled) else "sums"
+    names = ["moments", sums, "slopes", *(f"own{i}" for i in own), *(f"t{i}_" for i in wanted)]
+    head = tiled.signature("backward_groups", [*names, "parts"], CONSTANTS)
+    return "\n".join([*head, *indented(lines)])
+
+
+def _of_groups(tiled: Tiled, backward: bool) -> list[tuple[str, sympy.Expr]]:
+    """What the kernel of all groups makes."""
+    if backward:
+        made = tiled.gradients
+        own = ((f"take{i}", value) for i, value in made.groups.items())
+        return [("dM", made.mean), ("dV", made.variance), *own]
+    updates = ((f"u{i}", value) for i, value in enumerate(tiled.program.updates))
+    return [*tiled.source.named(), *updates]
+
+
+def _within(tiled: Tiled, values: Sequence[sympy.Expr]) -> list[int]:
+    """The tensors inside some values."""
+    symbols = {symbol for value in values for symbol in value.free_symbols}
+    every = range(len(tiled.program.tensors))
+    return [i for i in every if tiled.program.symbol(i) in symbols]
 
 
 def loaded(tiled: Tiled, count: int) -> list[str]:

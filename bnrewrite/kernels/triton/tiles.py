@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generated.activations import activation
-from .means import groups_of, runs, taking, tensors_of_mean
+from .means import groups_of, runs, taking, tensors_of_groups, tensors_of_mean
 from .source import Tiled
 
 FORWARD, BACKWARD = 16384, 8192  # elements of a tile of whole groups
 ROWS = 2048  # elements of a tile of several short groups
-SHARED = 2048  # numbers of groups of a tile of means over groups
+SHARED = 2048  # numbers of groups in a tile of means over groups
+GROUPS = 128  # of a tile that makes their coefficients, but for parts
 PART = 4096  # elements of a tile of a part
 SECTOR = 32  # bytes
 LINE = 128  # bytes
@@ -175,7 +176,9 @@ def _parts(
 def tiles_of_means(
     tiled: Tiled, lengths: Sequence[Any], most_parts: int, *, backward: bool
 ) -> list[MeanTile]:
-    """The tiles of the means over groups, in the order in which they are made.
+    """The tiles of the means over groups, in the order in which they are made, and of all groups.
+
+    There are none where a group needs no other.
 
     Args:
         tiled: the program.
@@ -184,10 +187,28 @@ def tiles_of_means(
         backward: those of what the means take.
     """
     numbers = taking(tiled) if backward else tiled.averages
+    if not tiled.averages:
+        return []
     parts = [most_parts, *[1] * len(numbers)]  # the first puts them together
-    return [
+    means = [
         _of_mean(tiled, lengths, k, most, backward) for k, most in zip(numbers, parts, strict=False)
     ]
+    return [*means, _of_groups(tiled, lengths, parts[len(numbers)], backward)]
+
+
+def _of_groups(tiled: Tiled, lengths: Sequence[Any], most_parts: int, backward: bool) -> MeanTile:
+    count = math.prod(lengths[i] for i in tiled.groups)
+    groups = power(count, max(GROUPS // most_parts, 1))
+    return MeanTile(
+        name=f"{'backward' if backward else 'forward'}_groups",
+        tensors=tuple(tensors_of_groups(tiled, backward=backward)),
+        means=groups,
+        groups=1,
+        most_parts=most_parts,
+        warps=min(max(groups * most_parts // 64, 1), RESIDENT),
+        steps=1,
+        programs=-(-count // groups),
+    )
 
 
 def _of_mean(
