@@ -84,7 +84,8 @@ class Response(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         lengths = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
         others = lengths.amax(1, True) if self.largest else lengths.mean(1, True)
-        return (x * (lengths / (others + 1e-6)) + x).relu()
+        y: Tensor = x * (lengths / (others + 1e-6)) + x
+        return y.relu()
 
 
 ROWS, IMAGES = (32, 64), (4, 64, 14, 14)
@@ -136,14 +137,16 @@ def test_inductor_gets_the_operator() -> None:
 def test_a_gpu_gets_kernels_of_means_over_groups(unwritable: list[str]) -> None:
     """By a call or by the operator; a maximum over groups has none, as on a CPU."""
     pytest.importorskip("triton")
-    for stage, target in (("eager", norm), ("inductor", torch.ops.bnrewrite.norm_forward.default)):
-        options = Options(kernels="generated", stage=stage)
+    eager = Options(kernels="generated")
+    inductor = Options(kernels="generated", stage="inductor")
+    operator = torch.ops.bnrewrite.norm_forward.default
+    for options, target in ((eager, norm), (inductor, operator)):
         lowering, _, targets = on_a_gpu(options, Response(), IMAGES)
         assert lowering == "generated"
         assert target in targets
         assert torch.ops.aten.relu.default not in targets
     assert unwritable == []
-    lowering, _, targets = on_a_gpu(Options(kernels="generated"), Response(largest=True), IMAGES)
+    lowering, _, targets = on_a_gpu(eager, Response(largest=True), IMAGES)
     assert lowering != "generated"
     assert norm not in targets
     assert unwritable == ["another statistic than the mean and the variance"]

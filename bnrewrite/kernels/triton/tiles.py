@@ -217,7 +217,8 @@ def _of_mean(
     own, shared = runs(tiled, number), groups_of(tiled, number)
     count, together = (math.prod(lengths[i] for i in loops) for loops in (own, shared))
     dense = bool(own) and own[-1] == tiled.groups[-1]
-    means = power(lengths[own[-1]], LINE // 8) if dense else 1
+    widest = min(LINE // 8, max(SHARED // most_parts, 1))
+    means = power(lengths[own[-1]], widest) if dense else 1
     groups = power(together, max(SHARED // (means * most_parts), 1))
     return MeanTile(
         name=f"{'backward' if backward else 'forward'}_mean{number}",
