@@ -191,7 +191,13 @@ class Tiled:
         runtime = [i for i in range(len(self.layout.loops)) if i not in self.fixed]
         if self.wide:
             lines += [f"    n{i} = tl.cast(n{i}, tl.int64)" for i in runtime]
-        return lines
+        # not where they are used: what changes its type inside a loop is not compiled
+        return lines + [f"    {name} = tl.cast({name}, {self.of_values})" for name in self.extents]
+
+    @property
+    def of_values(self) -> str:
+        """The type of values of a group."""
+        return "tl.float64" if self.double else "tl.float32"
 
     @cached_property
     def extents(self) -> list[sympy.Symbol]:
@@ -277,10 +283,9 @@ class Tiled:
             wide: M, V and the tensors are turned into the precision of groups first.
         """
         lines = []
-        kind = "tl.float64" if self.double else "tl.float32"
+        kind = self.of_values
         if wide:
             lines += [f"{Vs} = {V}", *([] if self.program.about_zero else [f"{Ms} = {M}"])]
-            lines += [f"{symbol} = tl.cast({symbol}, {kind})" for symbol in self.extents]
             lines.append(f"N = tl.cast({self.count([*self.cells, *self.elements])}, {kind})")
         values = of_groups(named, letter, double=self.double)
         names = {name for name, _ in named}
