@@ -31,7 +31,17 @@ NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
 LAST = torch.channels_last
 PLAIN = torch.contiguous_format
 
-TEXTS = PROGRAMS | ACROSS | {"layer gelu": f"{PROGRAMS['layer']}; gelu_tanh"}
+TEXTS = (
+    PROGRAMS
+    | ACROSS
+    | {
+        "layer gelu": f"{PROGRAMS['layer']}; gelu_tanh",
+        "of extents": "x[n c h] over n h; centre = M; scale = (V*N/Max(1, Nn*Nh - 1))**(-1/2)",
+        "means of extents": (
+            "x[n c h] over h; m0[c] = V*Nh/Max(1, Nn*Nh - 1); centre = M; scale = (V + m0)**(-1/2)"
+        ),
+    }
+)
 
 # What fills its tile most: most registers, and each of the six kernels for each way through memory.
 BUILDS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
@@ -160,6 +170,22 @@ def test_nothing_spills(
         }
     assert means <= names
     assert len(names - means) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "looping"),
+    [
+        ("of extents", (64, 256, 49), ["backward"]),
+        ("of extents", (8, 64, 3136), ["backward_sums"]),
+        ("means of extents", (8, 64, 49), ["forward_mean0", "backward_mean0"]),
+    ],
+)
+def test_extents_inside_a_loop(kind: str, shape: tuple[int, ...], looping: list[str]) -> None:
+    """Nothing changes its type there, which Triton would not compile, and its interpreter runs."""
+    found = [call for call in calls(kind, shape, torch.float32, PLAIN) if call.name in looping]
+    assert [call.name for call in found] == looping
+    for call in found:
+        assert compiled(call, 90).asm["cubin"]
 
 
 def test_memory_is_read_in_vectors() -> None:
