@@ -48,6 +48,10 @@ BATCH = (
     "x[n c h] over n h; t0[c]; t1[c] fixed; centre = M; scale = t0*(V + 1.0e-5)**(-1/2); "
     "u0 = 0.9*t1 + 0.1*V; relu; residual"
 )
+RESPONSE = (
+    "x[n c h] over h about zero; t0[c]; t1[c]; m0[n] = Root(N*V); "
+    "scale = t0*Root(N*V)/(m0 + 1.0e-6) + 1; shift = t1; relu"
+)
 
 Step = Callable[[], Any]
 
@@ -151,25 +155,26 @@ def operators_are_wrong() -> list[str]:
 
     layer = (LAYER, draw(64, 384), [draw(384), draw(384)])
     batch = (BATCH, draw(16, 24, 50), [draw(24), draw(24).detach().abs(), draw(16, 24, 50)])
-    for arguments in (layer, batch):
+    response = (RESPONSE, draw(16, 24, 50), [draw(24), draw(24)])
+    for arguments in (layer, batch, response):
         found = torch.library.opcheck(op.default, arguments, raise_exception=False)
         told += [f"{name}: {outcome}" for name, outcome in found.items() if outcome != "SUCCESS"]
-    text, x, tensors = layer
+    for text, x, tensors in (layer, response):
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        made: Tensor = op(text, x.sin(), [weight, bias])[0]
-        return made.cos()
+        def call(x: Tensor, weight: Tensor, bias: Tensor, *, text: str = text) -> Tensor:
+            made: Tensor = op(text, x.sin(), [weight, bias])[0]
+            return made.cos()
 
-    given = (x, *tensors)
-    values = []
-    for each in (call, torch.compile(call, fullgraph=True)):
-        y = each(*given)
-        values.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
-    try:
-        for mine, eager in zip(*reversed(values), strict=True):
-            torch.testing.assert_close(mine, eager)
-    except AssertionError as error:
-        told.append(f"inside torch.compile: {first_line(error)}")
+        given = (x, *tensors)
+        values = []
+        for each in (call, torch.compile(call, fullgraph=True)):
+            y = each(*given)
+            values.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
+        try:
+            for mine, eager in zip(*reversed(values), strict=True):
+                torch.testing.assert_close(mine, eager)
+        except AssertionError as error:
+            told.append(f"inside torch.compile: {first_line(error)}")
     return told
 
 

@@ -135,7 +135,7 @@ class _Text:
         zero = " about zero" if self.about_zero else ""
         heads = [*self.heads, *self.means.texts]
         text = "; ".join([f"x[{self._dims()}] over {over}{zero}", *heads, *parts])
-        reason = check_program(text) or self._why_no_means()
+        reason = check_program(text)
         if reason is not None:
             raise Unwritable(reason)
         return text
@@ -143,12 +143,6 @@ class _Text:
     def kept(self) -> list[Axis]:
         """The axes of the groups, along which updates are made."""
         return [a for a in axes_of(self.match.linear.index) if a not in self.match.over]
-
-    def _why_no_means(self) -> str | None:
-        """Why means over groups have no kernel here; None if they have, or there are none."""
-        if self.means.texts and self.match.linear.source.meta["val"].device.type != "cpu":
-            return "no kernel of a GPU has a mean over groups"
-        return None
 
     def _dims(self) -> str:
         """The axes of the dimensions, all but one of a dimension with their sizes."""

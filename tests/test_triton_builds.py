@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import PROGRAMS
+from programs import ACROSS, PROGRAMS
 from torch import Tensor
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.aot_autograd import aot_function
@@ -31,7 +31,17 @@ NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}
 LAST = torch.channels_last
 PLAIN = torch.contiguous_format
 
-TEXTS = PROGRAMS | {"layer gelu": f"{PROGRAMS['layer']}; gelu_tanh"}
+TEXTS = (
+    PROGRAMS
+    | ACROSS
+    | {
+        "layer gelu": f"{PROGRAMS['layer']}; gelu_tanh",
+        "of extents": "x[n c h] over n h; centre = M; scale = (V*N/Max(1, Nn*Nh - 1))**(-1/2)",
+        "means of extents": (
+            "x[n c h] over h; m0[c] = V*Nh/Max(1, Nn*Nh - 1); centre = M; scale = (V + m0)**(-1/2)"
+        ),
+    }
+)
 
 # What fills its tile most: most registers, and each of the six kernels for each way through memory.
 BUILDS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
@@ -46,13 +56,19 @@ BUILDS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
 ]
 
 
+MEANS: list[tuple[str, tuple[int, ...], torch.dtype, torch.memory_format]] = [
+    ("response", (32, 192, 28, 28), torch.float32, PLAIN),
+    ("mixture", (32, 64, 56, 56), torch.bfloat16, LAST),
+]
+
+
 @dataclass(frozen=True)
 class Call:
     """A kernel that a program launches, and with what."""
 
     found: launch.Launch
     name: str
-    tile: tiles.Tile
+    tile: tiles.Tile | tiles.MeanTile
     arguments: tuple[Any, ...]
     parts: bool
 
@@ -73,7 +89,12 @@ def calls(
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
 
         def remember(
-            self: launch.Launch, name: str, _: Any, tile: tiles.Tile, *given: Any, parts: bool
+            self: launch.Launch,
+            name: str,
+            _: Any,
+            tile: tiles.Tile | tiles.MeanTile,
+            *given: Any,
+            parts: bool,
         ) -> None:
             seen.append(Call(self, name, tile, given, parts))
 
@@ -133,7 +154,7 @@ def test_nothing_spills(
 ) -> None:
     """At the chosen tiles; ``--junitxml`` reports the registers of each kernel."""
     names = set()
-    for build in BUILDS if target == 90 else BUILDS[:5:2]:
+    for build in [*BUILDS, *MEANS] if target == 90 else [*BUILDS[:5:2], MEANS[0]]:
         for call in calls(*build):
             made = compiled(call, target)
             found = usage(made.asm["cubin"], tmp_path)
@@ -142,7 +163,29 @@ def test_nothing_spills(
             assert found["STACK"] == found["LOCAL"] == 0, f"{label}: {found}, {call.tile}"
             assert found["REG"] * call.tile.warps * 32 <= 65536, f"{label}: {found}, {call.tile}"
             names.add(call.name)
-    assert len(names) == 6
+    means = {"forward_mean0", "forward_groups", "backward_mean0", "backward_groups"}
+    if target == 90:
+        means |= {
+            f"{direction}_mean{k}" for direction in ("forward", "backward") for k in (1, 2, 3)
+        }
+    assert means <= names
+    assert len(names - means) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "looping"),
+    [
+        ("of extents", (64, 256, 49), ["backward"]),
+        ("of extents", (8, 64, 3136), ["backward_sums"]),
+        ("means of extents", (8, 64, 49), ["forward_mean0", "backward_mean0"]),
+    ],
+)
+def test_extents_inside_a_loop(kind: str, shape: tuple[int, ...], looping: list[str]) -> None:
+    """Nothing changes its type there, which Triton would not compile, and its interpreter runs."""
+    found = [call for call in calls(kind, shape, torch.float32, PLAIN) if call.name in looping]
+    assert [call.name for call in found] == looping
+    for call in found:
+        assert compiled(call, 90).asm["cubin"]
 
 
 def test_memory_is_read_in_vectors() -> None:
@@ -171,10 +214,10 @@ def kernels_of(graph: GraphModule) -> list[Any]:
     return [node for node in graph.graph.nodes if "triton_kernel" in str(node.target)]
 
 
-@pytest.mark.parametrize("kind", ["layer", "running", "residual"])
+@pytest.mark.parametrize("kind", ["layer", "running", "residual", "response"])
 def test_what_torch_compile_sees(kind: str, target: None) -> None:
     """Kernels, no opaque operator, and what each of them writes and what it only reads."""
-    text, program = PROGRAMS[kind], parse(PROGRAMS[kind])
+    text, program = TEXTS[kind], parse(TEXTS[kind])
     shape = (64, 8, 768) if kind == "layer" else (32, 64, 56, 56)
     graphs: list[GraphModule] = []
 
@@ -192,22 +235,27 @@ def test_what_torch_compile_sees(kind: str, target: None) -> None:
             tensor.requires_grad_(i not in program.fixed)
         y, *_ = aot_function(call, keep, keep)(x, *tensors)
         y.backward(torch.empty_like(y))
-    written = {"y", "moments", "means", "spreads", "sums", "dx", "dresidual"}
+    written = {"y", "moments", "means", "spreads", "sums", "totals", "slopes", "dx", "dresidual"}
     for graph, moments in zip(graphs, (True, False), strict=True):
         found = kernels_of(graph)
-        assert len(found) in (1, 2)
+        assert len(found) in ((4,) if program.means else (1, 2))
         assert "bnrewrite" not in graph.code
         for node in found:
             names = set(node.kwargs["tensors_to_clone"])
             own = {name for name in names if re.fullmatch(r"(own|cells|updates)\d", name)}
             assert names - own <= (written if moments else written - {"moments"})
-    assert {"y", "moments"} <= set(kernels_of(graphs[0])[-1].kwargs["tensors_to_clone"])
+    kept = {name for node in kernels_of(graphs[0]) for name in node.kwargs["tensors_to_clone"]}
+    assert {"y", "moments"} <= kept
 
 
 def test_symbolic_sizes(target: None) -> None:
     """One graph for all batches: lengths and grids are computed when it runs."""
-    for kind, shape in (("layer", (64, 8, 768)), ("batch relu", (32, 64, 56, 56))):
-        text = PROGRAMS[kind]
+    for kind, shape in (
+        ("layer", (64, 8, 768)),
+        ("batch relu", (32, 64, 56, 56)),
+        ("response", (32, 192, 28, 28)),
+    ):
+        text = TEXTS[kind]
         with FakeTensorMode():
             x, tensors = fakes(kind, shape, torch.float32)
 

@@ -23,24 +23,41 @@ from bnrewrite.options import Options
 from bnrewrite.passes import rewrite
 from bnrewrite.passes.cost_table import Table, Work
 
-FILE = Path(__file__).with_name("triton_interpreted.py")
+FILES = [
+    Path(__file__).with_name(name)
+    for name in ("triton_interpreted.py", "triton_interpreted_across.py")
+]
 
 
 def test_every_kernel_under_the_interpreter() -> None:
-    """The tests of ``triton_interpreted.py``."""
+    """The tests of ``triton_interpreted.py`` and of ``triton_interpreted_across.py``."""
     version = pytest.importorskip("triton").__version__
     if Version(version) < Version("3.7") and Version(np.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of this Triton has no loops with this NumPy")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FILE)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *map(str, FILES),
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     outcome = subprocess.run(
-        command, cwd=FILE.parents[1], env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=FILES[0].parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
     passed = re.search(r"(\d+) passed", outcome.stdout)
     assert passed is not None
-    assert int(passed[1]) > 60
+    assert int(passed[1]) > 90
 
 
 class LayerNorm(nn.Module):
@@ -57,7 +74,26 @@ class LayerNorm(nn.Module):
         ).relu()
 
 
-def on_a_gpu(options: Options) -> tuple[str | None, str, list[object]]:
+class Response(nn.Module):
+    """The length of each channel over the mean of all lengths, or over the largest."""
+
+    def __init__(self, *, largest: bool = False) -> None:
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
+        others = lengths.amax(1, True) if self.largest else lengths.mean(1, True)
+        y: Tensor = x * (lengths / (others + 1e-6)) + x
+        return y.relu()
+
+
+ROWS, IMAGES = (32, 64), (4, 64, 14, 14)
+
+
+def on_a_gpu(
+    options: Options, model: nn.Module | None = None, shape: tuple[int, ...] = ROWS
+) -> tuple[str | None, str, list[object]]:
     """The lowering, the notes and the targets that a model gets whose tensors lie on a GPU."""
     graphs: list[Canonical] = []
 
@@ -65,7 +101,7 @@ def on_a_gpu(options: Options) -> tuple[str | None, str, list[object]]:
         graphs.append(canonicalise(graph, inputs))
         return graph.forward
 
-    torch.compile(LayerNorm(), backend=backend)(torch.randn(32, 64))
+    torch.compile(model or LayerNorm(), backend=backend)(torch.randn(shape))
     (canonical,) = graphs
     for node in canonical.module.graph.nodes:
         value = node.meta.get("val")
@@ -96,6 +132,24 @@ def test_inductor_gets_the_operator() -> None:
     assert not {norm, torch.ops.aten.relu.default} & set(targets)
     for options in (Options(stage="inductor"), Options(kernels="generated", stage="export")):
         assert torch.ops.bnrewrite.norm_forward.default not in on_a_gpu(options)[2]
+
+
+def test_a_gpu_gets_kernels_of_means_over_groups(unwritable: list[str]) -> None:
+    """By a call or by the operator; a maximum over groups has none, as on a CPU."""
+    pytest.importorskip("triton")
+    eager = Options(kernels="generated")
+    inductor = Options(kernels="generated", stage="inductor")
+    operator = torch.ops.bnrewrite.norm_forward.default
+    for options, target in ((eager, norm), (inductor, operator)):
+        lowering, _, targets = on_a_gpu(options, Response(), IMAGES)
+        assert lowering == "generated"
+        assert target in targets
+        assert torch.ops.aten.relu.default not in targets
+    assert unwritable == []
+    lowering, _, targets = on_a_gpu(eager, Response(largest=True), IMAGES)
+    assert lowering != "generated"
+    assert norm not in targets
+    assert unwritable == ["another statistic than the mean and the variance"]
 
 
 def test_inductor_gets_none_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

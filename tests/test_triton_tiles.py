@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import PROGRAMS
+from programs import ACROSS, PROGRAMS
 
 from bnrewrite.kernels.generated.layout import Layout, arrange
 from bnrewrite.kernels.generated.program import parse
-from bnrewrite.kernels.triton import tiles
+from bnrewrite.kernels.triton import means, tiles
 from bnrewrite.kernels.triton.formulas import wants_double
 from bnrewrite.kernels.triton.source import Tiled
 
+TEXTS = PROGRAMS | ACROSS
 EXTENTS = st.sampled_from([1, 2, 3, 7, 16, 49, 64, 100, 257, 768, 1000, 4096, 100_003])
 DENSE = {3: ((0, 1, 2), (2, 0, 1)), 4: ((0, 1, 2, 3), (0, 2, 3, 1))}
 
@@ -24,15 +25,15 @@ def tiled_of(kind: str, shape: Sequence[int], order: tuple[int, ...]) -> tuple[T
     strides, inner = [0] * len(shape), 1
     for dim in reversed(order):
         strides[dim], inner = inner, inner * shape[dim]
-    found = arrange(parse(PROGRAMS[kind]), shape, strides)
+    found = arrange(parse(TEXTS[kind]), shape, strides)
     assert found is not None
     layout, lengths = found
-    return Tiled(PROGRAMS[kind], Layout(layout.loops, 0), frozenset(), "float32", False), lengths
+    return Tiled(TEXTS[kind], Layout(layout.loops, 0), frozenset(), "float32", False), lengths
 
 
 @settings(max_examples=300)
 @given(
-    kind=st.sampled_from(list(PROGRAMS)),
+    kind=st.sampled_from(list(TEXTS)),
     extents=st.tuples(EXTENTS, EXTENTS, EXTENTS, EXTENTS),
     inside=st.booleans(),
     itemsize=st.sampled_from([2, 4]),
@@ -47,7 +48,7 @@ def test_a_tile_covers_its_program(
     processors: int,
     backward: bool,
 ) -> None:
-    program = parse(PROGRAMS[kind])
+    program = parse(TEXTS[kind])
     rank = len(program.dims)
     shape = [  # a dimension of groups holds a multiple of their number
         extent * math.prod(program.sizes.get(axis, 1) for axis in dim)
@@ -78,6 +79,14 @@ def test_a_tile_covers_its_program(
         assert (cut.parts_e - 1) * part < elements <= cut.parts_e * part
         assert cut.parts <= cut.most_parts
         assert cut.most_parts * cut.groups <= tiles.MOST_PARTS
+    for each in tiles.tiles_of_means(tiled, lengths, cut.most_parts, backward=backward):
+        assert each.means * each.groups * each.most_parts <= max(tiles.SHARED, cut.most_parts)
+        assert 1 <= each.warps <= 16
+        number = each.name.partition("_mean")[2]
+        own = means.runs(tiled, int(number)) if number else tiled.groups
+        of_each = means.groups_of(tiled, int(number)) if number else []
+        assert (each.programs - 1) * each.means < count(own) <= each.programs * each.means
+        assert (each.steps - 1) * each.groups < count(of_each) <= each.steps * each.groups
     groups = count([i for i in tiled.groups if i not in lanes])
     assert (cut.workers - 1) * cut.turns * cut.groups < groups
     assert groups <= cut.workers * cut.turns * cut.groups

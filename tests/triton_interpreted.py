@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from programs import ACROSS, LAYOUTS, PROGRAMS, Problem, by_reference, compare, draw
+from programs import LAYOUTS, PROGRAMS, Problem, by_reference, compare, draw
 from torch import Tensor
 
 from bnrewrite.kernels.generated.program import parse
@@ -237,9 +237,3 @@ def test_what_has_no_kernel() -> None:
     assert run_on_gpu(both, x, [one, one]) is None
     with pytest.raises(ValueError, match=r"no kernel of .* takes torch.float32 tensors"):
         torch.ops.bnrewrite.norm_forward(text, x, [one])
-
-
-def test_means_over_groups_run_by_operations() -> None:
-    problem = draw(ACROSS["response"], (3, 8, 5, 7))
-    tensors = [tensor.float() for tensor in problem.tensors]
-    assert run_on_gpu(problem.text, problem.x.float(), tensors) is None

@@ -23,13 +23,18 @@ from ..generated.program import Program
 from .activations import differentiated
 from .formulas import of_elements
 from .forward import PARTS, part_indices
+from .means import coefficients, gradients_of_groups, sums_of_parts
 from .source import Tiled, indented
 
 
 def given(tiled: Tiled, *names: str) -> list[str]:
-    """Pointers: the cotangent, x, y of a residual, the moments, more, and the tensors."""
+    """Pointers: the cotangent, x, y of a residual, the moments, more, and the tensors.
+
+    Where there are means over groups, coefficients lie behind the moments, and no tensor is read.
+    """
     y = ["y"] if tiled.program.residual and tiled.program.activation else []
-    return ["dy", "x", *y, "moments", *names, *(f"t{i}_" for i in tiled.read)]
+    tensors = [] if tiled.averages else [f"t{i}_" for i in tiled.read]
+    return ["dy", "x", *y, "moments", *names, *tensors]
 
 
 def made_by_groups(tiled: Tiled) -> list[str]:
@@ -88,7 +93,7 @@ def backward_sums(tiled: Tiled) -> str:
         *indented(_read(tiled)),
         "    lane_d0 += d",
         "    lane_d1 += d * u",
-        *_sums_of_cells("lane_d0", "lane_d1"),
+        *_sums_of_cells(*(f"lane_d{k}.to(tl.{tiled.of_parts})" for k in range(2))),
         *_sums_of_group(tiled),
         *[
             f"tl.store(sums + ({k} * parts + part) * {groups} + group, {s.symbol},"
@@ -120,28 +125,21 @@ def backward_sums(tiled: Tiled) -> str:
 
 def backward_apply(tiled: Tiled) -> str:
     """One program puts the sums of parts together, and writes its own part of dx."""
-    groups = tiled.count(tiled.groups)
-    mask = tiled.mask("p < parts", cells=False)
-    own = made_by_groups(tiled)
+    own = [] if tiled.averages else made_by_groups(tiled)
     lines = [
         *part_indices(tiled),
         *tiled.cell_indices("part_c * C"),
         *_statistics(tiled, tiled.groups),
-        "p = tl.arange(0, P)[None, :, None]",
-        *[
-            f"{s.symbol} = tl.sum(tl.load(sums + ({k} * parts + p) * {groups} + group, mask={mask},"
-            " other=0.0), 1, keep_dims=True)"
-            for k, s in enumerate(tiled.gradients.sums)
-        ],
-        *_of_group(tiled),
+        *(gradients_of_groups(tiled) if tiled.averages else _of_sums(tiled)),
         *(["if part == 0:", *indented(_stored_own(tiled))] if own else []),
         "for step in range(steps):",
         *indented(tiled.element_indices("begin + step * E")),
         *indented(_read(tiled, residual=False)),
         *indented(_input_gradient(tiled)),
     ]
+    known = "slopes" if tiled.averages else "sums"
     head = tiled.signature(
-        "backward_apply", [*given(tiled, "dx", *own, "sums"), *PARTS], ("G", "C", "E", "P")
+        "backward_apply", [*given(tiled, "dx", *own, known), *PARTS], ("G", "C", "E", "P")
     )
     return "\n".join([*head, *indented(lines)])
 
@@ -156,6 +154,8 @@ def _statistics(tiled: Tiled, loops: Sequence[int]) -> list[str]:
     program, firm = tiled.program, tiled.read
     shift = tiled.masks
     named = tiled.source.named(shift=shift)
+    if tiled.averages:
+        return coefficients(tiled, [name for name, _ in named])
     places = {place for _, second in tiled.gradients.inside.values() for place, _ in second}
     if not shift:
         named += [
@@ -222,6 +222,11 @@ def _of_group(tiled: Tiled) -> list[str]:
         f"level = (dM / N).to({tiled.acc})",
         f"along = (2.0 * dV / N).to({tiled.acc})",
     ]
+
+
+def _of_sums(tiled: Tiled) -> list[str]:
+    """The same from the sums of parts."""
+    return [*sums_of_parts(tiled), *_of_group(tiled)]
 
 
 def _own(tiled: Tiled) -> list[str]:

@@ -12,12 +12,23 @@ import triton.language
 
 from .backward import backward, backward_apply, backward_sums
 from .forward import forward, forward_apply, forward_moments
+from .means import backward_groups, backward_mean, forward_groups, forward_mean
 from .source import Tiled
 
 PRINTERS = {
     each.__name__: each
-    for each in (forward, forward_moments, forward_apply, backward, backward_sums, backward_apply)
+    for each in (
+        forward,
+        forward_moments,
+        forward_groups,
+        forward_apply,
+        backward,
+        backward_sums,
+        backward_groups,
+        backward_apply,
+    )
 }
+MEANS = {each.__name__: each for each in (forward_mean, backward_mean)}
 
 
 @cache
@@ -29,12 +40,14 @@ def kernel(tiled: Tiled, name: str) -> Any:
 
     Args:
         tiled: the program.
-        name: one of ``PRINTERS``.
+        name: one of ``PRINTERS``, or of ``MEANS`` and the number of a mean.
 
     Raises:
         Unprintable: the formula has no kernel.
     """
-    text = PRINTERS[name](tiled) + "\n"
+    kind = name.rstrip("0123456789")
+    number = name.removeprefix(kind)
+    text = (MEANS[kind](tiled, int(number)) if number else PRINTERS[kind](tiled)) + "\n"
     path = f"<bnrewrite {name} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     names: dict[str, Any] = {"triton": triton, "tl": triton.language, "__name__": __name__}

@@ -25,6 +25,7 @@ from __future__ import annotations
 from ..generated.program import Program
 from .activations import activated
 from .formulas import of_elements
+from .means import coefficients
 from .source import Tiled, indented
 
 
@@ -83,8 +84,9 @@ def forward_moments(tiled: Tiled) -> str:
         *indented(tiled.element_indices("begin + step * E")),
         f"    value = tl.load(x + at, mask=inside, other=0.0).to({tiled.acc})",
     ]
+    kind = f"tl.{tiled.of_parts}"
     if zero:
-        lines += ["    spread += value * value", f"total = {_summed('spread')}"]
+        lines += ["    spread += value * value", f"total = {_summed(f'spread.to({kind})')}"]
     else:
         lines += [
             f"    rate = 1.0 / tl.cast(step + 1, {tiled.acc})",
@@ -94,12 +96,13 @@ def forward_moments(tiled: Tiled) -> str:
             "    mean = tl.where(inside, new, mean)",
             "lane = tl.arange(0, E)[None, None, :] + 0 * c",
             f"k = tl.cast((tl.minimum({_length(tiled)} - begin, steps * E) - lane + E - 1) // E, "
-            f"{tiled.acc})",
+            f"{kind})",
             *(["k = tl.where(in_c, k, 0.0)"] if tiled.cells else []),
             "n = tl.sum(tl.sum(k, 2, keep_dims=True), 1, keep_dims=True)",
             f"m = {_summed('k * mean')} / n",
             "d = mean - m",
             f"total = {_summed('spread + k * d * d')}",
+            *(["m = first + m"] if tiled.averages else []),
             f"tl.store(means + part * {groups} + g, m, mask={one})",
         ]
     lines.append(f"tl.store(spreads + part * {groups} + g, total, mask={one})")
@@ -113,41 +116,54 @@ PARTS = ("steps", "parts", "parts_e")
 
 def forward_apply(tiled: Tiled) -> str:
     """One program puts the moments of parts together, and writes its own part."""
-    groups = tiled.count(tiled.groups)
-    mask = tiled.mask("p < parts", cells=False)
-    count = tiled.count([*tiled.cells, *tiled.elements])
-    lines = [
-        *part_indices(tiled),
-        "p = tl.arange(0, P)[None, :, None]",
-        f"s = tl.load(spreads + p * {groups} + g, mask={mask}, other=0.0)",
-        f"n = tl.cast({count}, {tiled.acc})",
-    ]
-    if tiled.program.about_zero:
-        lines.append("V = tl.sum(s, 1, keep_dims=True) / n")
-    else:
-        lines += [
-            *_pivot(tiled),
-            f"m = tl.load(means + p * {groups} + g, mask={mask}, other=0.0)",
-            f"k = tl.minimum({tiled.count(tiled.cells)} - (p // parts_e) * C, C)"
-            f" * tl.minimum({_length(tiled)} - (p % parts_e) * (steps * E), steps * E)",
-            f"k = tl.where({mask}, tl.cast(k, {tiled.acc}), 0.0)",
-            "middle = tl.sum(k * m, 1, keep_dims=True) / n",
-            "M = first + middle",
-            "V = tl.sum(s + k * (m - middle) * (m - middle), 1, keep_dims=True) / n",
-        ]
-    lines += [
+    partial = [*(["means"] if not tiled.program.about_zero else []), "spreads"]
+    known = [
+        *_put_together(tiled),
         *tiled.cell_indices("part_c * C"),
         *_of_groups(tiled),
         "if part == 0:",
         *indented(_stored(tiled)),
+    ]
+    if tiled.averages:  # where all of this is known
+        known = [*tiled.cell_indices("0"), *coefficients(tiled)]
+    lines = [
+        *part_indices(tiled),
+        *known,
         "for step in range(steps):",
         *indented(tiled.element_indices("begin + step * E")),
         f"    value = tl.load(x + at, mask=inside, other=0.0).to({tiled.acc})",
         *indented(_written(tiled)),
     ]
-    names = given(tiled.program, *(["means"] if not tiled.program.about_zero else []), "spreads")
+    names = given(tiled.program, *partial)
+    if tiled.averages:
+        names = ["x", *(["residual"] if tiled.program.residual else []), "y", "moments"]
     head = tiled.signature("forward_apply", [*names, *PARTS], ("G", "C", "E", "P"))
     return "\n".join([*head, *indented(lines)])
+
+
+def _put_together(tiled: Tiled) -> list[str]:
+    """M and V of each group from those of its parts."""
+    groups = tiled.count(tiled.groups)
+    mask = tiled.mask("p < parts", cells=False)
+    count = tiled.count([*tiled.cells, *tiled.elements])
+    lines = [
+        "p = tl.arange(0, P)[None, :, None]",
+        f"s = tl.load(spreads + p * {groups} + g, mask={mask}, other=0.0)",
+        f"n = tl.cast({count}, {tiled.acc})",
+    ]
+    if tiled.program.about_zero:
+        return [*lines, "V = tl.sum(s, 1, keep_dims=True) / n"]
+    return [
+        *lines,
+        *_pivot(tiled),
+        f"m = tl.load(means + p * {groups} + g, mask={mask}, other=0.0)",
+        f"k = tl.minimum({tiled.count(tiled.cells)} - (p // parts_e) * C, C)"
+        f" * tl.minimum({_length(tiled)} - (p % parts_e) * (steps * E), steps * E)",
+        f"k = tl.where({mask}, tl.cast(k, {tiled.acc}), 0.0)",
+        "middle = tl.sum(k * m, 1, keep_dims=True) / n",
+        "M = first + middle",
+        "V = tl.sum(s + k * (m - middle) * (m - middle), 1, keep_dims=True) / n",
+    ]
 
 
 def part_indices(tiled: Tiled) -> list[str]:

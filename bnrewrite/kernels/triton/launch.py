@@ -34,8 +34,9 @@ from ..generated.program import parse
 from ..generated.record import PLAIN
 from .compiled import kernel
 from .forward import given
+from .means import runs
 from .source import Tiled
-from .tiles import Tile, tile
+from .tiles import MeanTile, Tile, tile, tiles_of_means
 
 LARGEST = 2**31 - 1  # the elements that 32 bits count
 FORWARD = {True: ("forward",), False: ("forward_moments", "forward_apply")}
@@ -53,7 +54,9 @@ class Launch:
         lengths: of its loops.
         sizes: of its axes.
         forward, backward: the tiles.
-        single: the dtype of the moments.
+        means: those of the means over groups, of the forward and of the backward.
+        single: the dtype that is computed in.
+        moments: that of the moments.
         result: the dtype of y.
         kernels: by their names.
     """
@@ -63,7 +66,9 @@ class Launch:
     sizes: dict[str, Any]
     forward: Tile
     backward: Tile
+    means: tuple[list[MeanTile], list[MeanTile]]
     single: torch.dtype
+    moments: torch.dtype
     result: torch.dtype
     kernels: dict[str, Any]
 
@@ -85,7 +90,21 @@ class Launch:
         """The lengths of some loops."""
         return [self.lengths[i] for i in loops]
 
-    def run(self, name: str, programs: Any, tile: Tile, *arguments: Any, parts: bool) -> None:
+    @property
+    def saved(self) -> Any:
+        """How many numbers a backward has of the forward: moments, and what is behind them."""
+        tiled = self.tiled
+        behind = self.averages(len(tiled.averages)) if tiled.averages else 0
+        coefficients = len(tiled.source.names()) if tiled.averages else 0
+        return (tiled.moments + coefficients) * self.groups + behind
+
+    def averages(self, count: int) -> Any:
+        """How many numbers the first means over groups have."""
+        return sum(math.prod(self.along(runs(self.tiled, k))) for k in range(count))
+
+    def run(
+        self, name: str, programs: Any, tile: Tile | MeanTile, *arguments: Any, parts: bool
+    ) -> None:
         """Launch a kernel."""
         made = self.kernels[name]
         if _is_interpreted(made) and any(isinstance(each, FakeTensor) for each in arguments):
@@ -126,7 +145,7 @@ def _launch_of(
     program = parse(text)
     if any(each not in FLOATING for each in (dtype, *dtypes)) or math.prod(shape) == 0:
         return None
-    if check_program(text) is not None or program.means:
+    if check_program(text) is not None:
         return None
     if not fits(program, shape, shapes):
         return None
@@ -149,16 +168,24 @@ def _launch_of(
     before, after = tiles
     if before is None or after is None:
         return None
+    means = (
+        tiles_of_means(tiled, lengths, before.most_parts, backward=False),
+        tiles_of_means(tiled, lengths, after.most_parts, backward=True),
+    )
+    names = [*FORWARD[before.whole], *BACKWARD[after.whole]]
+    names += [each.name for some in means for each in some]
     return Launch(
         tiled=tiled,
         lengths=tuple(lengths),
         sizes=program.axis_sizes(shape),
         forward=before,
         backward=after,
+        means=means,
         single=single,
+        moments=getattr(torch, tiled.of_parts),
         result=program.dtype or dtype,
         kernels={  # printed now, so that what cannot be is known before anything runs
-            name: kernel(tiled, name) for name in (*FORWARD[before.whole], *BACKWARD[after.whole])
+            name: kernel(tiled, name) for name in names
         },
     )
 
@@ -176,13 +203,13 @@ def _processors(device: torch.device) -> int:
 def run_forward(
     launch: Launch, x: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``y``, the moments, and the updates."""
+    """``y``, the moments with the means over groups behind them, and the updates."""
     cut, program = launch.forward, launch.tiled.program
     count = len(program.tensors)
     residual = [like(tensors[count], x)] if program.residual else []
     y = torch.empty_like(x, dtype=launch.result)
-    moments = x.new_empty((1 if program.about_zero else 2, launch.groups), dtype=launch.single)
-    updates = [moments.new_empty(launch.groups) for _ in program.updates]
+    moments = x.new_empty(launch.saved, dtype=launch.moments)
+    updates = [x.new_empty(launch.groups, dtype=launch.single) for _ in program.updates]
     ordered = [launch.ordered(i, t) for i, t in enumerate(tensors[:count])]
     pointers = [x, *residual, y, moments, *updates]
     assert len(pointers) + count == len(given(program))
@@ -191,13 +218,14 @@ def run_forward(
         launch.run("forward", blocks, cut, *pointers, *ordered, parts=False)
     else:
         parts = (cut.steps, cut.parts, cut.parts_e)
-        both = x.new_empty((moments.shape[0], cut.parts, launch.groups), dtype=launch.single)
-        partial = list(both.unbind())
+        shape = (launch.tiled.moments, cut.parts, launch.groups)
+        partial = list(x.new_empty(shape, dtype=launch.moments).unbind())
         launch.run("forward_moments", blocks * cut.parts, cut, x, *partial, *parts, parts=False)
-        launch.run(
-            "forward_apply", blocks * cut.parts, cut, *pointers, *partial, *ordered, *parts,
-            parts=True,
-        )  # fmt: skip
+        pointers += [*partial, *ordered]
+        if program.means:
+            _average(launch, partial, moments, updates, ordered)
+            pointers = [x, *residual, y, moments]
+        launch.run("forward_apply", blocks * cut.parts, cut, *pointers, *parts, parts=True)
     sizes, places = order_of_groups(program, launch.tiled.layout, launch.sizes)
     return y, moments, [update.view(sizes).permute(places) for update in updates]
 
@@ -223,7 +251,7 @@ def run_backward(
     tiled, cut, program = launch.tiled, launch.backward, launch.tiled.program
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if program.residual else None
-    firm = [launch.ordered(i, tensors[i]) for i in tiled.read]
+    firm = [] if program.means else [launch.ordered(i, tensors[i]) for i in tiled.read]
     before = [like(dy, x), x, *([] if y is None else [y]), moments]
     extra = [] if dresidual is None else [dresidual]
     own = [_of_groups(launch, x, i, tensors[i]) for i in tiled.gradients.groups]
@@ -239,21 +267,79 @@ def run_backward(
     else:
         parts = (cut.steps, cut.parts, cut.parts_e)
         shape = (len(tiled.gradients.sums), cut.parts, launch.groups)
-        sums = x.new_empty(shape, dtype=launch.single)
+        sums = x.new_empty(shape, dtype=launch.moments)
         launch.run(
             "backward_sums", cut.workers * lanes * cut.parts, cut, *before, *extra, *cells, sums,
             *firm, cut.turns, *parts, parts=False,
         )  # fmt: skip
         blocks = -(-launch.groups // cut.groups)
-        launch.run(
-            "backward_apply", blocks * cut.parts, cut, *before, dx, *own, sums, *firm, *parts,
-            parts=True,
-        )  # fmt: skip
+        known = [dx, *own, sums, *firm]
+        if program.means:
+            known = [dx, _turn(launch, moments, sums, own, tensors)]
+        launch.run("backward_apply", blocks * cut.parts, cut, *before, *known, *parts, parts=True)
     made = dict(zip(tiled.gradients.groups, own, strict=True))
     found = {i: _gathered(launch, i, v, tiled.groups, tensors[i]) for i, v in made.items()}
     for i, value in zip(tiled.summed, cells, strict=True):
         found[i] = _gathered(launch, i, value.sum(0), inside, tensors[i])
     return dx, dresidual, found
+
+
+def _average(
+    launch: Launch,
+    partial: Sequence[Tensor],
+    moments: Tensor,
+    updates: Sequence[Tensor],
+    ordered: Sequence[Tensor],
+) -> None:
+    """Put the moments of parts together, and make the means over groups and what follows of them.
+
+    Args:
+        launch: made for these.
+        partial: moments of parts.
+        moments: where they, the means, and the coefficients go.
+        updates: where these go.
+        ordered: the tensors of the program.
+    """
+    cut = launch.forward
+    before, numbers = [*partial], [cut.parts, cut.steps * cut.elements]
+    *means, last = launch.means[0]
+    for each in means:
+        known = [*before, moments, *(ordered[i] for i in each.tensors), each.steps, *numbers]
+        launch.run(each.name, each.programs, each, *known, parts=True)
+        before, numbers = [], []
+    known = [moments, *updates, *(ordered[i] for i in last.tensors)]
+    launch.run(last.name, last.programs, last, *known, parts=True)
+
+
+def _turn(
+    launch: Launch,
+    moments: Tensor,
+    sums: Tensor,
+    own: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+) -> Tensor:
+    """What the means over groups take, over the number of their groups, and what dx takes of each.
+
+    Args:
+        launch: made for these.
+        moments: with the means behind them.
+        sums: of parts.
+        own: where that goes what tensors take of each group.
+        tensors: of the program.
+    """
+    *means, last = launch.means[1]
+    slopes = sums.new_empty(launch.averages(len(launch.tiled.averages)) + 2 * launch.groups)
+    totals = sums.new_empty((sums.shape[0], launch.groups)) if means else sums
+    before, numbers = [sums], [launch.backward.parts]
+    for each in means:
+        read = [launch.ordered(i, tensors[i]) for i in each.tensors]
+        known = [moments, *before, totals, slopes, *read, each.steps, *numbers]
+        launch.run(each.name, each.programs, each, *known, parts=True)
+        before, numbers = [], []
+    read = [launch.ordered(i, tensors[i]) for i in last.tensors]
+    known = [moments, totals, slopes, *own, *read, launch.backward.parts]
+    launch.run(last.name, last.programs, last, *known, parts=True)
+    return slopes
 
 
 def _of_groups(launch: Launch, x: Tensor, number: int, tensor: Tensor) -> Tensor:

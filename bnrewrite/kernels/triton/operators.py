@@ -23,6 +23,8 @@ from .record import device_of, differentiate, found, gradients, save
 def forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """``y``, the moments of each group, and the updates of a program.
 
+    Behind the moments lie, where a group needs others, the means over groups and the coefficients.
+
     Args:
         text: the program, as ``program.py`` of ``kernels.generated`` says.
         x: of its dimensions, in any layout.

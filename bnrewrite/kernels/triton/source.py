@@ -93,12 +93,27 @@ class Tiled:
     @cached_property
     def double(self) -> bool:
         """Whether values of a group are in double precision."""
-        return self.single == "float64" or wants_double(self.program)
+        return self.single == "float64" or bool(self.averages) or wants_double(self.program)
+
+    @property
+    def averages(self) -> range:
+        """The means over groups."""
+        return range(len(self.program.means))
+
+    @property
+    def moments(self) -> int:
+        """How many moments of each group are saved."""
+        return 1 if self.program.about_zero else 2
 
     @property
     def acc(self) -> str:
         """The type that is computed in."""
         return f"tl.{self.single}"
+
+    @property
+    def of_parts(self) -> str:
+        """The type of moments and sums of a group and of its parts."""
+        return "float64" if self.averages else self.single
 
     @cached_property
     def inner(self) -> list[int]:
@@ -176,14 +191,20 @@ class Tiled:
         runtime = [i for i in range(len(self.layout.loops)) if i not in self.fixed]
         if self.wide:
             lines += [f"    n{i} = tl.cast(n{i}, tl.int64)" for i in runtime]
-        return lines
+        # not where they are used: what changes its type inside a loop is not compiled
+        return lines + [f"    {name} = tl.cast({name}, {self.of_values})" for name in self.extents]
+
+    @property
+    def of_values(self) -> str:
+        """The type of values of a group."""
+        return "tl.float64" if self.double else "tl.float32"
 
     @cached_property
     def extents(self) -> list[sympy.Symbol]:
         """The symbols of extents that the formulas have."""
         program, made = self.program, self.gradients
         values = [program.centre, *program.updates, made.mean, made.variance]
-        values += [*made.groups.values()]
+        values += [*made.groups.values(), *made.means, *(mean.value for mean in program.means)]
         values += [term.group for term in (*program.scale, *program.shift)]
         used = {symbol for value in values for symbol in value.free_symbols}
         return [symbol for symbol in program.extents() if symbol in used]
@@ -232,7 +253,7 @@ class Tiled:
         return [
             *lines,
             f"M = tl.load(moments + group, mask={mask}, other=0.0)",
-            "middle = M",
+            f"middle = M.to({self.acc})",
             f"V = tl.load(moments + {every} + group, mask={mask}, other=1.0)",
         ]
 
@@ -262,10 +283,9 @@ class Tiled:
             wide: M, V and the tensors are turned into the precision of groups first.
         """
         lines = []
-        kind = "tl.float64" if self.double else "tl.float32"
+        kind = self.of_values
         if wide:
             lines += [f"{Vs} = {V}", *([] if self.program.about_zero else [f"{Ms} = {M}"])]
-            lines += [f"{symbol} = tl.cast({symbol}, {kind})" for symbol in self.extents]
             lines.append(f"N = tl.cast({self.count([*self.cells, *self.elements])}, {kind})")
         values = of_groups(named, letter, double=self.double)
         names = {name for name, _ in named}

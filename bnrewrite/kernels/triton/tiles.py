@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generated.activations import activation
+from .means import groups_of, runs, taking, tensors_of_groups, tensors_of_mean
 from .source import Tiled
 
 FORWARD, BACKWARD = 16384, 8192  # elements of a tile of whole groups
 ROWS = 2048  # elements of a tile of several short groups
+SHARED = 2048  # numbers of groups in a tile of means over groups
+GROUPS = 128  # of a tile that makes their coefficients, but for parts
 PART = 4096  # elements of a tile of a part
 SECTOR = 32  # bytes
 LINE = 128  # bytes
@@ -32,7 +35,7 @@ class Tile:
     Attributes:
         groups, cells, elements: of a tile, powers of two.
         warps: of a program.
-        whole: a tile has whole groups.
+        whole: a tile has whole groups, none of which needs the others.
         steps: tiles of elements in a part.
         parts: of each group.
         parts_e: of each cell.
@@ -57,6 +60,36 @@ class Tile:
     def sizes(self) -> dict[str, int]:
         """The constants of a kernel."""
         return {"G": self.groups, "C": self.cells, "E": self.elements}
+
+
+@dataclass(frozen=True)
+class MeanTile:
+    """How a kernel of means over groups is launched, and with what.
+
+    Attributes:
+        name: of the kernel.
+        tensors: of the program that it reads.
+        means: of a tile, a power of two.
+        groups: of each mean, that a tile has; a power of two.
+        most_parts: a power of two, not fewer than the parts of a group.
+        warps: of a program.
+        steps: tiles of groups that a program goes through.
+        programs: how many there are.
+    """
+
+    name: str
+    tensors: tuple[int, ...]
+    means: int
+    groups: int
+    most_parts: int
+    warps: int
+    steps: Any
+    programs: Any
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The constants of a kernel."""
+        return {"G": self.means, "E": self.groups}
 
 
 def tile(
@@ -84,7 +117,8 @@ def tile(
     behind = activation(tiled.program.activation)
     if backward and behind is not None and behind.formula is not None:
         narrow *= 2  # its slope takes registers
-    limit = (BACKWARD if backward else FORWARD) // narrow
+    alone = not tiled.averages
+    limit = ((BACKWARD if backward else FORWARD) if alone else PART) // narrow
     cells, elements = power(count["cells"], 2 * limit), power(count["elements"], 2 * limit)
     across = _across(tiled, others, lengths, itemsize)
     least = min(across, SECTOR // itemsize)
@@ -102,7 +136,7 @@ def tile(
         warps = min(max(groups * cells * elements // LANES, 1), RESIDENT)
         most = processors * RESIDENT // warps if summed else 0
         workers, turns = _turns(count["groups"], groups, count["lanes"], most)
-        return Tile(groups, cells, elements, warps, True, 1, 1, 1, 1, turns, workers)
+        return Tile(groups, cells, elements, warps, alone, 1, 1, 1, 1, turns, workers)
     return _parts(count, across, processors, summed, PART // narrow)
 
 
@@ -137,6 +171,65 @@ def _parts(
         groups, cells, elements, warps, False, steps, parts_c * parts_e, parts_e, most, turns,
         workers,
     )  # fmt: skip
+
+
+def tiles_of_means(
+    tiled: Tiled, lengths: Sequence[Any], most_parts: int, *, backward: bool
+) -> list[MeanTile]:
+    """The tiles of the means over groups, in the order in which they are made, and of all groups.
+
+    There are none where a group needs no other.
+
+    Args:
+        tiled: the program.
+        lengths: of its loops.
+        most_parts: of each group.
+        backward: those of what the means take.
+    """
+    numbers = taking(tiled) if backward else tiled.averages
+    if not tiled.averages:
+        return []
+    parts = [most_parts, *[1] * len(numbers)]  # the first puts them together
+    means = [
+        _of_mean(tiled, lengths, k, most, backward) for k, most in zip(numbers, parts, strict=False)
+    ]
+    return [*means, _of_groups(tiled, lengths, parts[len(numbers)], backward)]
+
+
+def _of_groups(tiled: Tiled, lengths: Sequence[Any], most_parts: int, backward: bool) -> MeanTile:
+    count = math.prod(lengths[i] for i in tiled.groups)
+    groups = power(count, max(GROUPS // most_parts, 1))
+    return MeanTile(
+        name=f"{'backward' if backward else 'forward'}_groups",
+        tensors=tuple(tensors_of_groups(tiled, backward=backward)),
+        means=groups,
+        groups=1,
+        most_parts=most_parts,
+        warps=min(max(groups * most_parts // 64, 1), RESIDENT),
+        steps=1,
+        programs=-(-count // groups),
+    )
+
+
+def _of_mean(
+    tiled: Tiled, lengths: Sequence[Any], number: int, most_parts: int, backward: bool
+) -> MeanTile:
+    own, shared = runs(tiled, number), groups_of(tiled, number)
+    count, together = (math.prod(lengths[i] for i in loops) for loops in (own, shared))
+    dense = bool(own) and own[-1] == tiled.groups[-1]
+    widest = min(LINE // 8, max(SHARED // most_parts, 1))
+    means = power(lengths[own[-1]], widest) if dense else 1
+    groups = power(together, max(SHARED // (means * most_parts), 1))
+    return MeanTile(
+        name=f"{'backward' if backward else 'forward'}_mean{number}",
+        tensors=tuple(tensors_of_mean(tiled, number, backward=backward)),
+        means=means,
+        groups=groups,
+        most_parts=most_parts,
+        warps=min(max(means * groups * most_parts // 128, 1), RESIDENT),
+        steps=-(-together // groups),
+        programs=-(-count // means),
+    )
 
 
 def _turns(count: Any, groups: int, programs: Any, most: int) -> tuple[Any, Any]:
