@@ -24,6 +24,7 @@ from .cleanup import Cleanup
 from .diagnose import Diagnose
 from .epilogue import TakeEpilogues
 from .fold import Fold
+from .layout import Layout
 from .lower import Lower
 from .plan import Plan
 from .recognise import Recognise
@@ -34,6 +35,7 @@ PIPELINE: tuple[Pass, ...] = (
     Diagnose(),  # while the formulas are still the user's; for `explain` alone
     TakeEpilogues(),  # before Plan: it says what a kernel would have to carry
     Plan(),  # the last decision: what each site becomes, or why it stays
+    Layout(),  # before Lower: it keeps how what it replaces lies in memory
     Lower(),  # writes what was planned
     Fold(),  # needs what was written: a folded norm falls back on it where values forbid
     Cleanup(),  # drops what the replaced formulas leave behind
