@@ -158,9 +158,10 @@ def one_plus_weight_spread_out(m: Written, x: Tensor) -> Tensor:
 
 
 def in_other_words(m: Written, x: Tensor) -> Tensor:
-    mean = torch.mean(x, axis=-1, keepdims=True)
+    mean = torch.mean(x, -1, keepdim=True)
     centred = torch.subtract(x, mean)
-    var = torch.mean(torch.multiply(torch.negative(centred), torch.subtract(mean, x)), -1, True)
+    square = torch.multiply(torch.negative(centred), torch.subtract(mean, x))
+    var = torch.mean(square, -1, keepdim=True)
     normal = torch.true_divide(centred, torch.sqrt(torch.add(var, EPS)))
     return torch.add(torch.multiply(normal, m.weight), m.bias)
 
