@@ -12,7 +12,7 @@ from torch import fx
 
 from bnrewrite.algebra import Reading
 from bnrewrite.algebra.axes import Dims, axes_of
-from bnrewrite.algebra.calls import dtype_of, is_tensor, narrows
+from bnrewrite.algebra.calls import dtype_of, is_tensor, name_of, narrows
 from bnrewrite.algebra.expression import (
     MAXIMA,
     ZERO,
@@ -36,6 +36,7 @@ from bnrewrite.algebra.expression import (
 )
 from bnrewrite.algebra.ring import Ring
 from bnrewrite.algebra.site import Moments
+from bnrewrite.algebra.stored import CUT, cut_from
 from bnrewrite.algebra.sums import wholes
 
 from .nodes import Nodes, Sizes, Unwritable, Value, aten, current, plain
@@ -256,7 +257,8 @@ class Emitter(Nodes):
         return (
             isinstance(base, Atom)
             and isinstance(base.source, fx.Node)
-            and base.source.op == "placeholder"
+            and (base.source.op == "placeholder" or name_of(base.source) in CUT)
+            and cut_from(base.source).op == "placeholder"
             and is_tensor(base.source)
             and not (plain and differentiable(base.source))
             and any(differentiable(source) for source in self.ring.raw(product))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bnrewrite.algebra import Match, centre
+from bnrewrite.algebra.axes import product
 from bnrewrite.algebra.calls import shape_of
 from bnrewrite.kernels import why_no_kernels, why_no_triton
 
@@ -19,6 +20,9 @@ from .frozen import has_small_means
 from .native import has_native
 from .rewriting import Decision, Refusal, Rewriting
 from .synchronise import UNSYNCHRONISED, batch_symbols, group_of, is_of_batch, why_not
+
+TRAILING = ("layer_norm", "group_norm", "instance_norm", "weight_standardization")
+FEWEST = 4  # elements of a group of which the operator's gradient is as good as the user's
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,14 @@ def _switched_off(rewriting: Rewriting, decision: Decision, number: int) -> str 
     if options.kernels == "native" and not has_native(rewriting.reading, decision.match):
         return f'kernels="native" leaves a {kind} that PyTorch has no operator for'
     if options.kernels == "native" and _loses_digits(rewriting, decision.match):
-        return 'kernels="native" leaves an affine of which PyTorch\'s operator may lose digits'
+        return f'kernels="native" leaves {_one(kind)} of which PyTorch\'s operator may lose digits'
     if options.strict and decision.notes:
         return f"strict=True leaves a site whose replacement is {decision.notes[0]}"
     return None
+
+
+def _one(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aei" else f"a {kind}"
 
 
 def _lowering(rewriting: Rewriting, decision: Decision) -> str:
@@ -120,12 +128,18 @@ def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
 def _loses_digits(rewriting: Rewriting, found: Match) -> bool:
     """Whether the operator computes ``x a + b`` where the user's code centres first.
 
+    The backward of layer and group norms does: ``dx = dy a + x b + c``, and of two elements far
+    from zero, next to each other, no digit may be left.
+
     Which of the two keeps the digits is decided by a kernel of the eager stage, when it runs, or
     by the values, where they are known.
     """
     reading = rewriting.reading
     assert reading is not None
     looks = rewriting.options.stage in ("eager", "script")  # at the statistics, when the graph runs
+    count = product(axis.size for axis in found.over)
+    if found.kind in TRAILING and isinstance(count, int) and count < FEWEST:
+        return looks
     if found.kind != "affine" or looks:
         return False
     return centre(reading, found) is not None and not has_small_means(reading, found)

@@ -210,7 +210,7 @@ class Writing:
         linear = self.match.linear
         node = self.emitter.place(value, dims or self.layout, linear.dims)
         node = self.cast(node, self.result_dtype)
-        node = self._with_strides(node)
+        node = self._with_strides(self._expanded(node))
         if linear.detached:
             node = self.emitter.call(aten.detach.default, node)
         before, after = self.replaced.meta["val"], node.meta["val"]
@@ -221,6 +221,14 @@ class Writing:
                 f"{before.dtype} {shapes[0]}"
             )
         return node
+
+    def _expanded(self, node: fx.Node) -> fx.Node:
+        """As many copies as the user normalises: a norm of copies is copies of the norm."""
+        shape = [size_of(s) for s in self.replaced.meta["val"].shape]
+        if all(dim or size == 1 for dim, size in zip(self.match.linear.dims, shape, strict=True)):
+            return node
+        extents = [self.emitter.extent(size) for size in shape]
+        return self.emitter.call(aten.expand.default, node, extents)
 
     def _with_strides(self, node: fx.Node) -> fx.Node:
         """The user's memory layout: what comes after may rely on it."""

@@ -13,14 +13,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from .calls import CASTS, arguments_of, dtype_of, is_pointwise, is_tensor, name_of, narrows
+from .calls import (
+    CASTS,
+    POOLS,
+    arguments_of,
+    dtype_of,
+    is_pointwise,
+    is_tensor,
+    name_of,
+    narrows,
+    pools_everything,
+)
 from .parts import TAKES_APART
 
 REDUCTIONS = frozenset((
     "mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm",
-    "linalg_norm", "frobenius_norm", "amax", "max", "einsum", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "dot", "vdot",
-))  # fmt: skip
+    "linalg_norm", "frobenius_norm", "amax", "max", "einsum", "dot", "vdot",
+)) | POOLS  # fmt: skip
 
 SAME = frozenset((
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t",
@@ -60,7 +69,7 @@ def anchors(graph: fx.Graph) -> frozenset[fx.Node]:
         if node.op != "call_function":
             continue
         inputs = [n for n in node.all_input_nodes if is_tensor(n) or n in statistic]
-        if name_of(node) in REDUCTIONS and not _is_product(node):
+        if name_of(node) in REDUCTIONS and not (_is_product(node) or _is_local(node)):
             operands = _operands(node)
             degree = 2 if name_of(node) in SQUARES or len(set(operands)) < len(operands) else 1
             for operand in operands:
@@ -144,6 +153,11 @@ def _is_product(node: fx.Node) -> bool:
         return False
     inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
     return bool(arrow) and set(inputs) - {",", "."} <= set(output)
+
+
+def _is_local(node: fx.Node) -> bool:
+    """A pooling whose windows are smaller than what it pools."""
+    return name_of(node).startswith("avg_pool") and not pools_everything(node)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

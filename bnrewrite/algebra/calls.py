@@ -17,7 +17,18 @@ _OPERATORS: dict[Callable[..., Any], str] = {
     torch.sym_float: "sym_float",
 }  # fmt: skip
 
+# other words for the same operation, with the same arguments
+_ALIASES = {
+    "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div",
+    "negative": "neg", "absolute": "abs",
+}  # fmt: skip
+
 CASTS = frozenset(("to", "_to_copy", "type_as"))
+
+POOLS = frozenset((
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d",
+))  # fmt: skip
 
 COUNTS = (torch.int64, torch.int32)  # a counter of one element is a number like any other
 
@@ -29,7 +40,7 @@ def name_of(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         space, _, name = target._schema.name.partition("::")
-        return name if space == "aten" else target._schema.name
+        return _ALIASES.get(name, name) if space == "aten" else target._schema.name
     return _OPERATORS.get(target, "") if callable(target) else ""
 
 
@@ -52,7 +63,10 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of a node's result is made of the operands' elements in its place."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = target._schema.name.removeprefix("aten::") in _ALIASES  # these have no tags
+    return known or torch.Tag.pointwise in target.tags
 
 
 def is_tensor(node: object) -> TypeGuard[fx.Node]:
@@ -87,3 +101,15 @@ def reduced_dims(node: fx.Node, dim: object) -> tuple[int, ...]:
         return tuple(range(rank))
     dims: Sequence[int] = [dim] if isinstance(dim, int) else list(dim)  # type: ignore[call-overload]
     return tuple(sorted(d % rank for d in dims)) if rank else ()
+
+
+def pools_everything(node: fx.Node) -> bool:
+    """Whether a pooling has one window, as large as what it pools: it is a mean."""
+    a, name = arguments_of(node), name_of(node)
+    extents = shape_of(a["self"])[-int(name.removesuffix("d")[-1]) :]
+    if "output_size" in a:
+        return all(s == 1 for s in a["output_size"])
+    windows = [size_of(k.meta["val"]) if isinstance(k, fx.Node) else k for k in a["kernel_size"]]
+    windows = windows * len(extents) if len(windows) == 1 else windows
+    plain = a.get("divisor_override") is None and not any(a["padding"])
+    return plain and windows == list(extents)

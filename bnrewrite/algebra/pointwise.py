@@ -210,16 +210,13 @@ def pow_(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
 
 
 POINTWISE: dict[str, Rule] = {
-    "add": _add, "sub": _sub, "subtract": _sub, "mul": bilinear, "multiply": bilinear,
-    "div": _div, "divide": _div, "true_divide": _div,
-    "rsub": rsub,
+    "add": _add, "sub": _sub, "mul": bilinear, "div": _div, "rsub": rsub,
     "neg": _unary(lambda ring, x: scaled(x, -1)),
-    "negative": _unary(lambda ring, x: scaled(x, -1)),
     "square": _unary(lambda ring, x: ring.multiply(x, x)),
     "sqrt": _unary(lambda ring, x: ring.power(x, Fraction(1, 2))),
     "rsqrt": _unary(lambda ring, x: ring.power(x, Fraction(-1, 2))),
     "reciprocal": _unary(lambda ring, x: ring.divide(number(1), x)),
-    "abs": _unary(Ring.absolute), "absolute": _unary(Ring.absolute),
+    "abs": _unary(Ring.absolute),
     "pow": pow_,
     "addcmul": _fused(lambda r, x, y, z, k: added(x, r.multiply(k, r.multiply(y, z)))),
     "addcdiv": _fused(lambda r, x, y, z, k: added(x, r.multiply(k, r.divide(y, z)))),

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, Dim, Dims, Opaque, Size, axes_of, product
-from .calls import dtype_of, name_of, narrows, reduced_dims, shape_of
+from .calls import POOLS, dtype_of, name_of, narrows, pools_everything, reduced_dims, shape_of
 from .expression import Polynomial, added, exact, number
 from .meaning import Meaning, Reading
 from .ring import Ring
@@ -163,11 +163,11 @@ def maximum_with_index(
 
 
 def pooled(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
-    """``adaptive_avg_pool*d(1)``: a mean that keeps its dimensions."""
-    sizes = a["output_size"]
-    if any(s != 1 for s in sizes):
+    """``adaptive_avg_pool*d(1)``, or one window over all: a mean that keeps its dimensions."""
+    if not pools_everything(node):
         raise Opaque("a pooling that leaves more than one element")
-    r = Reduced(reading, a["self"], list(range(-len(sizes), 0)), True)
+    count = int(name_of(node).removesuffix("d")[-1])
+    r = Reduced(reading, a["self"], list(range(-count, 0)), True)
     return Meaning(r.result, r.mean())
 
 
@@ -246,6 +246,6 @@ REDUCTIONS = {
     "var_mean": variance_and_mean, "std_mean": deviation_and_mean,
     "norm": norm, "linalg_vector_norm": norm, "linalg_norm": norm, "frobenius_norm": norm,
     "amax": maximum, "max": maximum_with_index, "einsum": einsum, "dot": dot, "vdot": dot,
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), pooled),
+    **dict.fromkeys(sorted(POOLS), pooled),
     "getitem": item,
 }  # fmt: skip

@@ -8,6 +8,7 @@ from torch import fx
 
 from .anchors import elements
 from .axes import Opaque
+from .calls import name_of
 from .expression import Atom, Function, Monomial, Polynomial, Reduction, Sum, is_even
 from .match import Match, affine, lookalike, match
 from .meaning import Reading
@@ -98,11 +99,33 @@ def divides_by_neighbour(reading: Reading, linear: Linear) -> bool:
 
 def divides_by_moment(reading: Reading, linear: Linear) -> bool:
     """Whether the scale has a magnitude of its tensor in a denominator or under a root."""
+    return _divides(reading, linear.scale, linear) or any(
+        _is_quotient(reading, base, linear) for m in linear.scale.terms for base, _ in m
+    )
+
+
+def _divides(reading: Reading, value: Polynomial, linear: Linear) -> bool:
     return any(
         (exponent < 0 or not isinstance(exponent, int)) and _has_magnitude(reading, base, linear)
-        for monomial in linear.scale.terms
+        for monomial in value.terms
         for base, exponent in monomial
     )
+
+
+def _is_quotient(reading: Reading, base_id: int, linear: Linear) -> bool:
+    """Whether a factor is a quotient of statistics in which nothing may be cancelled.
+
+    ``n / (1 + n) / sqrt(n)`` is no polynomial: at n = 0 it is NaN, and ``sqrt(n) / (1 + n)`` is 0.
+    """
+    base = reading.ring.bases[base_id]
+    if not isinstance(base, Atom) or linear.source not in reading.derived(base.moments):
+        return False
+    made = base.source
+    return isinstance(made, fx.Node) and name_of(made) in ("mul", "div") and any(
+        _divides(reading, reading.meanings[n].value, linear)
+        for n in made.all_input_nodes
+        if n in reading.meanings
+    )  # fmt: skip
 
 
 def _has_magnitude(reading: Reading, base_id: int, linear: Linear) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .anchors import REDUCTIONS
-from .axes import Axis, Dim, Dims, Opaque, Size, regroup, size_of
+from .axes import Axis, Dim, Dims, Opaque, Size, axes_of, regroup, size_of, substitute
 from .calls import CASTS, COUNTS, dtype_of, is_tensor, name_of, narrows, shape_of
 from .expression import number
 from .meaning import Meaning, Reading
@@ -103,6 +103,8 @@ def view(reading: Reading, node: fx.Node, a: dict[str, Any]) -> Meaning:
     meaning = reading.operand(source)
     dims = materialised(meaning.dims, shape_of(source))
     new, moves = regroup(dims, shape_of(node))
+    copies = set(axes_of(substitute(dims, moves))) - set(axes_of(substitute(meaning.dims, moves)))
+    new = tuple(() if set(dim) <= copies else dim for dim in new)
     return Meaning(new, reading.ring.substitute(meaning.value, moves))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from .axes import Axis, Dims, axes_of
-from .calls import is_tensor, shape_of
+from .calls import is_tensor
 from .expression import (
     Atom,
     Exponent,
@@ -42,7 +42,7 @@ class Linear:
         node: the node with this meaning.
         source: the normalised tensor.
         index: the axes of the source's dimensions.
-        dims: the axes of the node's dimensions.
+        dims: the axes of the node's dimensions; none for one along which the tensor was expanded.
         scale, shift: free of the source outside reductions.
         detached: no gradient flows through the whole value.
     """
@@ -69,8 +69,6 @@ def linear_forms(reading: Reading, node: fx.Node) -> list[Linear]:
     ring = reading.ring
     value, detached = attached(ring, meaning.value)
     forms = []
-    if any(not d and s != 1 for d, s in zip(meaning.dims, shape_of(node), strict=True)):
-        return []  # the norm was expanded: the site is before
     for source in sorted(ring.raw(value), key=lambda s: (s not in reading.anchors, ring.order(s))):
         if isinstance(source, fx.Node):
             form = _linear_in(ring, value, source)

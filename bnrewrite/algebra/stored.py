@@ -9,8 +9,10 @@ from torch import fx
 from bnrewrite.walks import computed_from
 
 from .calls import CASTS, arguments_of, is_pointwise, name_of
+from .parts import TAKES_APART
 
 RENAMED = CASTS | {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as"}
+CUT = TAKES_APART | {"getitem"}
 NEAR = 16  # how many nodes a coefficient is made of, at most
 FAR = 64  # how many nodes a parametrised tensor is made of, at most
 
@@ -27,6 +29,14 @@ def uncast(node: fx.Node) -> fx.Node:
     return node
 
 
+def cut_from(node: fx.Node) -> fx.Node:
+    """The tensor that a node is a part of, or is itself, before casts and reshapes."""
+    node = uncast(node)
+    while name_of(node) in CUT:
+        node = uncast(node.all_input_nodes[0])
+    return node
+
+
 def is_stored(source: object) -> bool:
     """Whether a tensor is given to the graph, or made element by element of what is stored."""
     if not isinstance(source, fx.Node):
@@ -35,7 +45,7 @@ def is_stored(source: object) -> bool:
         return True
     made = _origins(source, NEAR)
     return made is not None and all(
-        is_pointwise(n) or name_of(n) in RENAMED
+        is_pointwise(n) or name_of(n) in RENAMED | CUT
         if n.op == "call_function"
         else n.op == "get_attr" or n.meta.get("parameter") or n.meta.get("stored")
         for n in made
@@ -43,8 +53,8 @@ def is_stored(source: object) -> bool:
 
 
 def is_buffer(source: object) -> bool:
-    """Whether a tensor is a buffer, as it is, rounded or reshaped."""
-    return isinstance(source, fx.Node) and bool(uncast(source).meta.get("stored"))
+    """Whether a tensor is a buffer, as it is, rounded or reshaped, or a part of one."""
+    return isinstance(source, fx.Node) and bool(cut_from(source).meta.get("stored"))
 
 
 def is_parameter(node: fx.Node) -> bool:

@@ -164,6 +164,15 @@ INSTANCES: dict[str, Recipe] = {
         mean=lambda x: x.mean((1, 3), keepdim=True),
         variance=lambda x: x.var((1, 3), unbiased=False, keepdim=True),
     ),
+    "pooled by a window that leaves a row out": replace(
+        INSTANCE, mean=lambda x: F.avg_pool2d(x, (x.size(2) - 1, x.size(3)), stride=x.size(2))
+    ),
+    "pooled over a border of zeros": replace(
+        INSTANCE, mean=lambda x: F.avg_pool2d(x, x.size()[2:], stride=x.size(2), padding=1)
+    ),
+    "pooled by another divisor": replace(
+        INSTANCE, mean=lambda x: F.avg_pool2d(x, x.size()[2:], divisor_override=x.size(2))
+    ),
     "batch variance": replace(INSTANCE, variance=lambda x: x.var((0, 2, 3), False, True)),
     "batch mean": replace(INSTANCE, mean=lambda x: x.mean((0, 2, 3), True)),
     "a weight per sample": replace(INSTANCE, weight=lambda m: m.weight.view(-1, 1, 1, 1)),

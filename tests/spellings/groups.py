@@ -55,6 +55,12 @@ def instance_sums(m: Written, x: Tensor) -> Tensor:
     return (x - mean) / (var + EPS).pow(0.5) * m.weight + m.bias
 
 
+def instance_pooled(m: Written, x: Tensor) -> Tensor:
+    mean = F.avg_pool2d(x, x.size()[2:])
+    var = F.avg_pool2d((x - mean) ** 2, (x.size(2), x.size(3)))
+    return (x - mean) / torch.sqrt(var + EPS) * m.weight + m.bias
+
+
 def instance_sequence(m: Written, x: Tensor) -> Tensor:
     mean = x.mean(2, keepdim=True)
     var = (x - mean).square().mean(2, keepdim=True)
@@ -154,6 +160,7 @@ TABLE = (
     Spelling(instance_rows, INSTANCE, also=("backend",)),
     Spelling(instance_one_axis_at_a_time, INSTANCE, parameters=PLANES),
     Spelling(instance_sums, INSTANCE, parameters=PLANES),
+    Spelling(instance_pooled, INSTANCE, parameters=PLANES),
     Spelling(instance_sequence, INSTANCE, shape=(4, 6, 7), axes=(2,)),
     Spelling(instance_volume, INSTANCE, shape=(2, 6, 3, 2, 4), axes=(2, 3, 4)),
     Spelling(instance_plain, INSTANCE_PLAIN),

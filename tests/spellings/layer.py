@@ -157,6 +157,15 @@ def one_plus_weight_spread_out(m: Written, x: Tensor) -> Tensor:
     return normal + normal * m.weight + m.bias
 
 
+def in_other_words(m: Written, x: Tensor) -> Tensor:
+    mean = torch.mean(x, -1, keepdim=True)
+    centred = torch.subtract(x, mean)
+    square = torch.multiply(torch.negative(centred), torch.subtract(mean, x))
+    var = torch.mean(square, -1, keepdim=True)
+    normal = torch.true_divide(centred, torch.sqrt(torch.add(var, EPS)))
+    return torch.add(torch.multiply(normal, m.weight), m.bias)
+
+
 def native_first(m: Written, x: Tensor) -> Tensor:
     return F.layer_norm(x.movedim(1, -1), m.weight.shape, m.weight, m.bias, EPS).movedim(-1, 1)
 
@@ -207,6 +216,7 @@ TABLE = (
     Spelling(axis_moved_first, LAYER),
     Spelling(distributed, LAYER, also=("float64",)),
     Spelling(in_place, LAYER),
+    Spelling(in_other_words, LAYER),
     Spelling(up_and_down, LAYER, also=("bfloat16", "float16")),
     Spelling(mean_of_squares, LAYER, shape=(4, 8), axes=(1,)),
     Spelling(mean_and_var, LAYER, shape=(2, 3, 2, 8), axes=(3,)),
