@@ -104,6 +104,11 @@ def mean_in_double(m: Model, x: Tensor) -> Tensor:
     return (x - mean.float()) / (x.var(-1, False, True) + EPS).sqrt()
 
 
+def another_zero(m: Model, x: Tensor) -> Tensor:
+    up, down = torch.copysign(x, 0.0), torch.copysign(x, -0.0)
+    return (up - down.mean(-1, keepdim=True)) / (down.var(-1, False, True) + EPS).sqrt()
+
+
 def one_element(m: Model, x: Tensor) -> Tensor:
     return layer(x) + (x - x.mean(0, keepdim=True)) / (x.std(0, False, True) + 0.1)
 
@@ -195,6 +200,7 @@ CASES = {
         lambda m, x: layer(x) * (m.weight**0.4) ** 2.5, -WEIGHT
     ),
     "the logarithm of zero": Case(logarithm_of_the_variance, CONSTANT_ROW),
+    "zeros of two signs": Case(another_zero, kinds=()),
     "scalar statistics": Case(
         one_statistic_for_all,
         buffers={"mean": torch.tensor(0.3), "var": torch.tensor(2.3)},
