@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,10 @@ def another_zero(m: Model, x: Tensor) -> Tensor:
     return (up - down.mean(-1, keepdim=True)) / (down.var(-1, False, True) + EPS).sqrt()
 
 
+def large_integers(m: Model, x: Tensor) -> Tensor:
+    return layer(x) * 10**10 * m.weight * 10**10 + x.mean(-1, keepdim=True) * 2**32 * 2**32
+
+
 def one_element(m: Model, x: Tensor) -> Tensor:
     return layer(x) + (x - x.mean(0, keepdim=True)) / (x.std(0, False, True) + 0.1)
 
@@ -201,6 +206,7 @@ CASES = {
     ),
     "the logarithm of zero": Case(logarithm_of_the_variance, CONSTANT_ROW),
     "zeros of two signs": Case(another_zero, kinds=()),
+    "integers beyond 64 bits": with_weight(large_integers),
     "scalar statistics": Case(
         one_statistic_for_all,
         buffers={"mean": torch.tensor(0.3), "var": torch.tensor(2.3)},
@@ -236,6 +242,14 @@ def test_what_is_found(name: str) -> None:
     report = explain(Model(case), *(batch if isinstance(batch, tuple) else (batch,)))
     found = tuple(site.kind for site in report.sites if site.status == "rewritten")
     assert found == case.kinds
+
+
+@pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
+@pytest.mark.parametrize("kernels", ["composite", "generated"])
+def test_integers_beyond_64_bits(kernels: str) -> None:
+    case = CASES["integers beyond 64 bits"]
+    model = functools.partial(optimize, backend="eager", kernels=kernels)
+    assert contract_violations(Model(case), model, case.batches) == []
 
 
 def optimised(model: nn.Module) -> Any:
