@@ -252,5 +252,21 @@ def test_integers_beyond_64_bits(kernels: str) -> None:
     assert contract_violations(Model(case), model, case.batches) == []
 
 
+def test_integers_beyond_64_bits_in_transforms() -> None:
+    model = Model(CASES["integers beyond 64 bits"])
+    expected = torch.func.vmap(model)(ROWS[0])
+    function = optimize(model.forward, backend="eager", kernels="generated")
+    torch.testing.assert_close(torch.func.vmap(function)(ROWS[0]), expected)
+    x = ROWS[1].clone().requires_grad_()
+    second = [second_derivative(each, x) for each in (function, model.forward)]
+    torch.testing.assert_close(*second, rtol=1e-3, atol=1e-3 * float(second[1].abs().max()))
+
+
+def second_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    cotangent = draw(4, 6, seed=5)
+    (first,) = torch.autograd.grad(function(x), x, cotangent, create_graph=True)
+    return torch.autograd.grad(first, x, cotangent)[0]
+
+
 def optimised(model: nn.Module) -> Any:
     return optimize(model, backend="eager")
