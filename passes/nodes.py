@@ -24,6 +24,8 @@ aten = torch.ops.aten
 Value = fx.Node | float | int
 Sizes = dict[sympy.Expr, Value]
 
+LARGEST = 2**63  # from which on operations take no integer
+
 # Their eps and momentum are floats at run time; a symbolic one has no fake value to run with.
 SCALAR_ARGUMENTS = (
     aten.batch_norm.default,
@@ -168,7 +170,7 @@ class Nodes:
 
     def times(self, left: Value, right: Value | Number) -> Value:
         """Left * right."""
-        right = plain(right) if isinstance(right, Fraction) else right
+        right = right if isinstance(right, fx.Node) else plain(right)
         if not isinstance(left, fx.Node) and left == 1:
             return right
         if not isinstance(right, fx.Node) and abs(right - 1) < 4e-16:
@@ -203,7 +205,7 @@ class Nodes:
     def _scalar(self, function: Any, left: Value, right: Value) -> Value:
         if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
             value: Value = function(left, right)
-            return value
+            return plain(value) if isinstance(value, int) else value
         return self.call(function, left, right)
 
 
@@ -220,8 +222,8 @@ def split_layout(dims: Dims, axes: frozenset[Axis]) -> Dims:
 
 
 def plain(value: Number) -> float | int:
-    """A coefficient as an operation takes it."""
-    return value if isinstance(value, int) else float(value)
+    """A coefficient as an operation takes it: of the size of its integers, or floating."""
+    return value if isinstance(value, int) and abs(value) < LARGEST else float(value)
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,15 @@ def mean_in_double(m: Model, x: Tensor) -> Tensor:
     return (x - mean.float()) / (x.var(-1, False, True) + EPS).sqrt()
 
 
+def another_zero(m: Model, x: Tensor) -> Tensor:
+    up, down = torch.copysign(x, 0.0), torch.copysign(x, -0.0)
+    return (up - down.mean(-1, keepdim=True)) / (down.var(-1, False, True) + EPS).sqrt()
+
+
+def large_integers(m: Model, x: Tensor) -> Tensor:
+    return layer(x) * 10**10 * m.weight * 10**10 + x.mean(-1, keepdim=True) * 2**32 * 2**32
+
+
 def one_element(m: Model, x: Tensor) -> Tensor:
     return layer(x) + (x - x.mean(0, keepdim=True)) / (x.std(0, False, True) + 0.1)
 
@@ -195,6 +205,8 @@ CASES = {
         lambda m, x: layer(x) * (m.weight**0.4) ** 2.5, -WEIGHT
     ),
     "the logarithm of zero": Case(logarithm_of_the_variance, CONSTANT_ROW),
+    "zeros of two signs": Case(another_zero, kinds=()),
+    "integers beyond 64 bits": with_weight(large_integers),
     "scalar statistics": Case(
         one_statistic_for_all,
         buffers={"mean": torch.tensor(0.3), "var": torch.tensor(2.3)},
@@ -230,6 +242,30 @@ def test_what_is_found(name: str) -> None:
     report = explain(Model(case), *(batch if isinstance(batch, tuple) else (batch,)))
     found = tuple(site.kind for site in report.sites if site.status == "rewritten")
     assert found == case.kinds
+
+
+@pytest.mark.filterwarnings("error::bnrewrite.BnrewriteWarning")
+@pytest.mark.parametrize("kernels", ["composite", "generated"])
+def test_integers_beyond_64_bits(kernels: str) -> None:
+    case = CASES["integers beyond 64 bits"]
+    model = functools.partial(optimize, backend="eager", kernels=kernels)
+    assert contract_violations(Model(case), model, case.batches) == []
+
+
+def test_integers_beyond_64_bits_in_transforms() -> None:
+    model = Model(CASES["integers beyond 64 bits"])
+    expected = torch.func.vmap(model)(ROWS[0])
+    function = optimize(model.forward, backend="eager", kernels="generated")
+    torch.testing.assert_close(torch.func.vmap(function)(ROWS[0]), expected)
+    x = ROWS[1].clone().requires_grad_()
+    second = [second_derivative(each, x) for each in (function, model.forward)]
+    torch.testing.assert_close(*second, rtol=1e-3, atol=1e-3 * float(second[1].abs().max()))
+
+
+def second_derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    cotangent = draw(4, 6, seed=5)
+    (first,) = torch.autograd.grad(function(x), x, cotangent, create_graph=True)
+    return torch.autograd.grad(first, x, cotangent)[0]
 
 
 def optimised(model: nn.Module) -> Any:

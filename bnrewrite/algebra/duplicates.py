@@ -54,4 +54,6 @@ def _argument(value: Any, same: dict[fx.Node, fx.Node]) -> Any:
         return same.get(value, value)
     if isinstance(value, (tuple, list)):
         return tuple(_argument(v, same) for v in value)
+    if isinstance(value, (float, complex)):
+        return (type(value), repr(value))  # 0.0 and -0.0 are equal
     return (type(value), value)  # 1, 1.0 and True are equal, but not the same argument

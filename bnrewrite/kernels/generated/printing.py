@@ -15,13 +15,23 @@ from .program import M, Ms, Program, Term, V, Vs, parse
 
 CTYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat16", "float16": "float16"}
 
+LARGEST = 2**53  # up to which double precision has every whole number
+
 
 class Unprintable(Exception):
     """A formula or layout that has no kernel."""
 
 
+def literal(number: int) -> str:
+    """A whole number of any size: a literal that no integer holds would lose its first digits."""
+    return str(number) if abs(number) < LARGEST else repr(float(number))
+
+
 class _Groups(CXX17CodePrinter):  # type: ignore[misc]
     """Expressions of a group, in double precision."""
+
+    def _print_Integer(self, expr: Any) -> str:
+        return literal(int(expr))
 
     def _print_Pow(self, expr: Any) -> str:
         base, power = expr.args
@@ -54,7 +64,7 @@ class ElementPrinter(CXX17CodePrinter):  # type: ignore[misc]
     """Sums, products and quotients of elements, in the precision that the kernel computes in."""
 
     def _print_Integer(self, expr: Any) -> str:
-        return f"acc({int(expr)})"
+        return f"acc({literal(int(expr))})"
 
     def _print_Float(self, flt: Any) -> str:
         return f"acc({float(flt)!r})"

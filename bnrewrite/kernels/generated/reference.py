@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import activation
+from .printing import LARGEST
 from .program import M, Ms, N, V, Vs, parse
 
 
@@ -109,7 +110,7 @@ def _functions(text: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
     def made(value: sympy.Expr, known: int = 0) -> Any:
         names = symbols[: len(symbols) - known]
-        return sympy.lambdify(names, value, modules=[_FUNCTIONS, "math"], cse=True)
+        return sympy.lambdify(names, _taken(value), modules=[_FUNCTIONS, "math"], cse=True)
 
     def added(terms: Any) -> sympy.Expr:
         return sympy.Add(*(t.group * t.element for t in terms))
@@ -118,6 +119,12 @@ def _functions(text: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     left = len(averages)
     means = [made(mean.value, left - i) for i, mean in enumerate(program.means)]
     return tuple(map(made, values)), tuple(means)
+
+
+def _taken(value: sympy.Expr) -> sympy.Expr:
+    """The same with floating numbers in the place of integers that no operation takes."""
+    large = [number for number in value.atoms(sympy.Integer) if abs(number) >= LARGEST]
+    return value.xreplace({number: sympy.Float(number, 17) for number in large})
 
 
 def _placed(tensor: Tensor, own: tuple[str, ...], axes: list[str], sizes: dict[str, Any]) -> Tensor:
