@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import bnrewrite
 from benchmarks.hand_written import ChannelNorm, LayerNorm
-from bnrewrite.passes.layout import NOTE
 
 Follows = Callable[[Tensor], Tensor]
+NOTE = "its result lies channels last, for the depthwise convolution behind it"
 
 
 class Blocks(nn.Module):
