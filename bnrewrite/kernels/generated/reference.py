@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -124,7 +124,8 @@ def _functions(text: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def _taken(value: sympy.Expr) -> sympy.Expr:
     """The same with floating numbers in the place of integers that no operation takes."""
     large = [number for number in value.atoms(sympy.Integer) if abs(number) >= LARGEST]
-    return value.xreplace({number: sympy.Float(number, 17) for number in large})
+    floats = {number: sympy.Float(number, 17) for number in large}
+    return cast(sympy.Expr, value.xreplace(floats))
 
 
 def _placed(tensor: Tensor, own: tuple[str, ...], axes: list[str], sizes: dict[str, Any]) -> Tensor:
