@@ -1,7 +1,8 @@
 """A whole training step of models whose norms are written by hand: forward, loss and backward.
 
     python -m benchmarks.training_steps             writes training_steps.{json,md}
-    python -m benchmarks.training_steps --compile   with torch.compile of both as further peers
+    python -m benchmarks.training_steps --compile   with torch.compile of both as further peers,
+                                                    and the optimised one on Inductor
 
 The models have the shape of ResNet-18, of ConvNeXt-T and of a diffusion model's U-Net, on small
 images; weights are random.
@@ -22,8 +23,11 @@ import bnrewrite
 from benchmarks import hand_written
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
 from benchmarks.measure import CLOCKS, Clock, interleaved, saved_bytes
+from benchmarks.network_cases import COMPILED
 from benchmarks.onnx_models import Block, Norm, unet
 from benchmarks.tables import RESULTS, Results
+
+INDUCTOR = f"{OPTIMISED}, Inductor"
 
 
 class BasicBlock(Block):
@@ -112,7 +116,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds of a step, what the optimised one takes of them, bytes saved, by peer."""
+    """Milliseconds of a step by peer, ratios of peers, bytes saved for the backward by peer."""
 
     model: str
     layout: str
@@ -143,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     table = Results(
         name="training_steps",
         headings=("model", "layout", *(f"{peer} ms" for peer in peers),
-                  *(f"{OPTIMISED} / {peer}" for peer in results[0].over),
+                  *results[0].over,
                   "MiB saved for backward (" + " / ".join((HAND, NATIVE, OPTIMISED)) + ")"),
         rows=[_cells(result) for result in results],
         records=[asdict(result) for result in results],
@@ -174,7 +178,8 @@ def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: b
         OPTIMISED: bnrewrite.optimize(copy.deepcopy(hand), backend="eager"),
     }
     if compiled:
-        peers |= {f"torch.compile, {name}": _compiled(peers[name]) for name in (HAND, NATIVE)}
+        peers |= {told: _compiled(peers[name]) for name, told in COMPILED.items()}
+        peers[INDUCTOR] = bnrewrite.optimize(copy.deepcopy(hand), backend="inductor", dynamic=False)
     losses = [_loss(peer, x).item() for peer in peers.values()]
     torch.testing.assert_close(losses, [losses[0]] * len(losses), rtol=1e-3, atol=0)
     timings = interleaved(
@@ -186,7 +191,12 @@ def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: b
         layout=layout,
         milliseconds={name: timing.median * 1e3 for name, timing in timings.items()},
         spread={name: timing.spread for name, timing in timings.items()},
-        over={n: timings[OPTIMISED].ratio(each) for n, each in timings.items() if n != OPTIMISED},
+        over={
+            f"{ours} / {other}": timings[ours].ratio(timings[other])
+            for ours in (OPTIMISED, INDUCTOR)
+            for other in (HAND, NATIVE, *COMPILED.values())
+            if ours in peers and other in peers
+        },
         saved={
             name: saved_bytes(partial(_loss, peers[name], x), peers[name].parameters())
             for name in (HAND, NATIVE, OPTIMISED)
