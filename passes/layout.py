@@ -3,8 +3,8 @@
 Before:  z = depthwise(norm(x)), x contiguous: the channels that the norm needs lie far apart
 After:   the norm's result lies channels last, and so does what is computed of it
 Leaves alone: graphs without such a convolution; tensors that are not float32 on a CPU, or whose
-sizes vary; graphs with something behind the norm that is no plain operation of PyTorch; graphs of
-which a result would lie otherwise in memory than the user's does.
+sizes vary; graphs with something behind the norm that is no plain operation of PyTorch, or draws
+random numbers; graphs of which a result would lie otherwise in memory than the user's does.
 
 On a CPU a depthwise convolution takes 0.4 to 0.7 of its time where channels are dense, and so do
 norms over them; the others take as long (docs/decisions/0023-dense-channels.md).
@@ -19,15 +19,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from bnrewrite.algebra.calls import name_of
 
 from .cleanup import VIEWS
 from .linear_maps import FORWARD, linear_map
-from .nodes import aten
+from .nodes import aten, fake_value
 from .rewriting import Decision, Rewriting
 
 NOTE = "its result lies channels last, for the depthwise convolution behind it"
@@ -65,12 +63,12 @@ def _is_over_channels(decision: Decision) -> bool:
         return False
     linear, over = decision.match.linear, decision.match.over
     return [i for i, dim in enumerate(linear.index) if set(dim) & over] == [1] and all(
-        _is_contiguous(node.meta["val"]) for node in (linear.source, decision.replaced)
+        _has_channels_apart(node.meta["val"]) for node in (linear.source, decision.replaced)
     )
 
 
-def _is_contiguous(value: torch.Tensor) -> bool:
-    """Whether it is an image on a CPU whose channels lie apart."""
+def _has_channels_apart(value: torch.Tensor) -> bool:
+    """Whether it is an image of float32 on a CPU, of fixed sizes, whose channels lie apart."""
     return (
         value.dim() == 4
         and value.device.type == "cpu"
@@ -132,6 +130,7 @@ def _is_plain(node: fx.Node) -> bool:
         isinstance(target, torch._ops.OpOverload)
         and target.namespace == "aten"
         and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags  # drawn in the order of memory
         and not name_of(node).startswith("as_strided")
     )
 
@@ -139,12 +138,7 @@ def _is_plain(node: fx.Node) -> bool:
 def _value(node: fx.Node) -> Any:
     """The fake value of a node, of those of its inputs."""
     target: Any = aten.reshape.default if node.target in VIEWS else node.target
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-    mode = detect_fake_mode(args)
-    if mode is None:
-        raise _Unfit
-    with enable_python_dispatcher(), mode, torch.no_grad():
-        return target(*args, **kwargs)
+    return fake_value(target, node.args, node.kwargs)
 
 
 def _check_results(output: fx.Node, before: Mapping[fx.Node, Any]) -> None:

@@ -71,15 +71,7 @@ class Nodes:
         for key in ("stack_trace", "nn_module_stack"):
             if key in self.before.meta:
                 node.meta[key] = self.before.meta[key]
-        values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        if target in SCALAR_ARGUMENTS:
-            values = tuple(0.5 if isinstance(v, torch.SymFloat) else v for v in values)
-        mode = detect_fake_mode((values, self.before.meta.get("val")))  # a constant has no fake
-        if mode is None:
-            node.meta["val"] = target(*values, **keywords)
-        else:
-            with enable_python_dispatcher(), mode, torch.no_grad():
-                node.meta["val"] = target(*values, **keywords)
+        node.meta["val"] = fake_value(target, args, kwargs, self.before.meta.get("val"))
         return node
 
     def items(self, node: fx.Node, count: int) -> list[fx.Node]:
@@ -204,9 +196,27 @@ class Nodes:
 
     def _scalar(self, function: Any, left: Value, right: Value) -> Value:
         if not isinstance(left, fx.Node) and not isinstance(right, fx.Node):
-            value: Value = function(left, right)
-            return plain(value) if isinstance(value, int) else value
+            return plain(function(left, right))
         return self.call(function, left, right)
+
+
+def fake_value(target: Any, args: Any, kwargs: Any, beside: object = None) -> Any:
+    """What an operation makes of the fake values of nodes.
+
+    Args:
+        target: the operation.
+        args: with nodes in them.
+        kwargs: likewise.
+        beside: a fake value of the same graph, as constants are none.
+    """
+    values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    if target in SCALAR_ARGUMENTS:
+        values = tuple(0.5 if isinstance(v, torch.SymFloat) else v for v in values)
+    mode = detect_fake_mode((values, beside))
+    if mode is None:
+        return target(*values, **keywords)
+    with enable_python_dispatcher(), mode, torch.no_grad():
+        return target(*values, **keywords)
 
 
 def split_layout(dims: Dims, axes: frozenset[Axis]) -> Dims:
