@@ -18,6 +18,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COMPILED = {HAND: f"compiled {HAND}", NATIVE: f"compiled {NATIVE}"}
 
 
+def under_compile(model: nn.Module) -> nn.Module:
+    """A copy under torch.compile, for the sizes that it sees."""
+    made = copy.deepcopy(model)
+    made.compile(dynamic=False)
+    return made
+
+
 class Residual(nn.Module):
     """``relu(norm(x) + residual)``."""
 

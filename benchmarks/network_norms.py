@@ -34,7 +34,7 @@ from benchmarks.measure import (
     saved_bytes,
     training_step,
 )
-from benchmarks.network_cases import COMPILED, DTYPES, Case, cases
+from benchmarks.network_cases import COMPILED, DTYPES, Case, cases, under_compile
 from benchmarks.tables import RESULTS, Results
 
 LIMIT = "copies"
@@ -103,9 +103,7 @@ def measure(case: Case, rounds: int, clock: Clock, *, compiled: bool = False) ->
     report = bnrewrite.explain(models[HAND], *inputs)
     torch.compiler.reset()  # else the size that was checked makes the next one dynamic
     if compiled:
-        for name, told in COMPILED.items():
-            peers[told] = copy.deepcopy(models[name])
-            peers[told].compile(dynamic=False)
+        peers |= {told: under_compile(models[name]) for name, told in COMPILED.items()}
     calls: dict[str, Callable[[], object]] = {
         name: training_step(model, inputs, cotangent) for name, model in peers.items()
     }

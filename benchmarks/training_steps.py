@@ -23,7 +23,7 @@ import bnrewrite
 from benchmarks import hand_written
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
 from benchmarks.measure import CLOCKS, Clock, interleaved, saved_bytes
-from benchmarks.network_cases import COMPILED
+from benchmarks.network_cases import COMPILED, under_compile
 from benchmarks.onnx_models import Block, Norm, unet
 from benchmarks.tables import RESULTS, Results
 
@@ -178,7 +178,7 @@ def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: b
         OPTIMISED: bnrewrite.optimize(copy.deepcopy(hand), backend="eager"),
     }
     if compiled:
-        peers |= {told: _compiled(peers[name]) for name, told in COMPILED.items()}
+        peers |= {told: under_compile(peers[name]) for name, told in COMPILED.items()}
         peers[INDUCTOR] = bnrewrite.optimize(copy.deepcopy(hand), backend="inductor", dynamic=False)
     losses = [_loss(peer, x).item() for peer in peers.values()]
     torch.testing.assert_close(losses, [losses[0]] * len(losses), rtol=1e-3, atol=0)
@@ -202,12 +202,6 @@ def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: b
             for name in (HAND, NATIVE, OPTIMISED)
         },
     )
-
-
-def _compiled(peer: nn.Module) -> nn.Module:
-    made = copy.deepcopy(peer)
-    made.compile(dynamic=False)
-    return made
 
 
 def _loss(peer: nn.Module, x: Tensor) -> Tensor:
