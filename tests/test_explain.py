@@ -10,8 +10,10 @@ import pytest
 import torch
 from hand_written import BatchNorm, Net, RowNorm, images, train
 from torch import Tensor, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 import bnrewrite
+from bnrewrite.capture.explain import _Watcher
 
 pytestmark = pytest.mark.usefixtures("repeatable")
 
@@ -156,3 +158,20 @@ def test_what_one_function_is_called_with_says_nothing_of_another() -> None:
     assert [site.eps for site in bnrewrite.explain(mean_square, torch.randn(4, 6)).sites] == [1e-3]
     (site,) = bnrewrite.explain(deviation, torch.randn(5, 8)).sites
     assert (site.kind, site.eps) == ("lp_normalize", 1e-12)  # and not a number that varies
+
+
+def test_a_graph_that_dynamo_discards_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes another in its place, or none, and empties the first."""
+    compile_graph, calls = _Watcher.__call__, []
+
+    def restarted(watcher: Any, graph: Any, inputs: Any) -> Any:
+        run = compile_graph(watcher, graph, inputs)
+        calls.append(run)
+        if len(calls) == 1:
+            raise TensorifyScalarRestartAnalysis("from the beginning")
+        return run
+
+    monkeypatch.setattr(_Watcher, "__call__", restarted)
+    report = bnrewrite.explain(RowNorm(4), torch.randn(3, 4))
+    assert len(calls) == 2
+    assert (report.graphs, len(report.sites)) == (1, 1)

@@ -61,19 +61,20 @@ def explain(model: Callable[..., Any] | Given, *args: Any, **kwargs: Any) -> Rep
         run = compiled(own_call(), watcher, dynamic)
         run(subject, *given[0], **given[1])
         breaks = torch._dynamo.utils.graph_break_reasons[before:]
-        findings = diagnose(watcher.looks, subject)
+        looks = [look for look in watcher.looks if look.graph.graph.find_nodes(op="output")]
+        findings = diagnose(looks, subject)
     return Report(
-        sites=[site for look in watcher.looks for site in look.sites],
+        sites=[site for look in looks for site in look.sites],
         findings=findings,
-        graphs=len(watcher.looks),
+        graphs=len(looks),
         graph_breaks=len({str(each.user_stack[-1:]) for each in breaks}),
-        graph_texts=[(look.before, _text(look)) for look in watcher.looks],
-        kept=list(dict.fromkeys(each for look in watcher.looks for each in look.kept)),
+        graph_texts=[(look.before, _text(look)) for look in looks],
+        kept=list(dict.fromkeys(each for look in looks for each in look.kept)),
     )
 
 
 class _Watcher(Compiler):
-    """Looks at each graph and runs the user's own."""
+    """Looks at each graph and runs the user's own; Dynamo empties those that it then discards."""
 
     def __init__(self, backend: str, options: Options) -> None:
         super().__init__(backend, replace(options, diagnose=True))

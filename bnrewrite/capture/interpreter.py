@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from bnrewrite.capture.autocast import ENTER, EXIT, autocast_kept, enter_autocast, exit_autocast
 
+# Dynamo's `tensor.data = value`, before torch 2.14 and from then on
+_ASSIGNMENTS = (torch.Tensor.set_, getattr(torch.ops.aten, "shallow_copy_data_", None))
 _DATA = vars(torch._C)["_autograd"]._get_data_attr  # Dynamo's `tensor.data`
 
 
@@ -77,8 +79,8 @@ class _Interpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A node's value; four kinds of node mean something else to a trace than to a call."""
-        if target is torch.Tensor.set_ and len(args) == 2:
-            return args[0].copy_(args[1])  # Dynamo's `buffer.data = value`
+        if target in _ASSIGNMENTS and len(args) == 2:
+            return args[0].copy_(args[1])
         if target is _DATA:
             return args[0].detach()  # an attribute, of which a trace sees nothing
         if getattr(target, "__name__", "") == "_lower_version_count_by_1":
