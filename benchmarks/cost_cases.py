@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,15 @@ from torch import Tensor, nn
 from benchmarks import hand_written
 from bnrewrite.passes.cost_table import Work
 
-DTYPES = ("float32", "bfloat16", "float64", "float16")
-EXPONENTS = {"cpu": (6, 9, 12, 15, 18, 21), "cuda": (9, 12, 15, 18, 21, 24, 27)}
+DTYPES = {
+    "eager": ("float32", "bfloat16", "float64", "float16"),
+    "inductor": ("float32", "bfloat16"),
+}
+EXPONENTS = {
+    ("cpu", "eager"): (6, 9, 12, 15, 18, 21),
+    ("cpu", "inductor"): (12, 15, 18, 21, 24),
+    ("cuda", "eager"): (9, 12, 15, 18, 21, 24, 27),
+}
 GROUPS = 4
 
 
@@ -30,6 +38,19 @@ class DeviationChannels(hand_written.Channels):
         centred = x - x.mean((0, 2, 3), keepdim=True)
         deviation = x.std((0, 2, 3), keepdim=True, unbiased=False)
         return centred / (deviation + 1e-5) * self.weight + self.bias
+
+
+class Behind(nn.Module):
+    """A norm of a sum, which is returned too: a compiler makes it where it takes its moments."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """In front of a block with a shortcut around it."""
+        y = x + residual
+        return self.norm(y), y
 
 
 @dataclass(frozen=True)
@@ -79,16 +100,21 @@ class Case:
     dtype: str
     training: bool
     exponent: int
+    fused: bool = False
 
     @property
     def work(self) -> Work:
         """What the table calls it."""
-        kind = self.kind
-        return Work(kind.family, kind.layout, self.dtype, self.training, 2**self.exponent)
+        kind, size = self.kind, 2**self.exponent
+        return Work(kind.family, kind.layout, self.dtype, self.training, size, self.fused)
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.kind.shape(self.exponent)))
         return f"{self.work.key}, {shape}"
+
+    def tensors(self, device: str) -> list[Tensor]:
+        """What the model is called with."""
+        return [self.tensor(device) for _ in range(1 + self.fused)]
 
     def tensor(self, device: str) -> Tensor:
         """A random tensor of the case's shape, layout and dtype."""
@@ -98,20 +124,26 @@ class Case:
         return x.contiguous(memory_format=torch.channels_last) if self.kind.channels_last else x
 
     def model(self, device: str) -> nn.Module:
-        """The norm, with statistics of the tensor also where no gradient is wanted."""
+        """The norm, with statistics of the tensor also where no gradient is wanted.
+
+        Behind a sum, where a compiler would fuse the two.
+        """
         shape = self.kind.shape(self.exponent)
         made = self.kind.norm(shape[1]).to(device, getattr(torch, self.dtype))
         for parameter in made.parameters():
             parameter.data.normal_()
-        return made.train()
+        return (Behind(made) if self.fused else made).train()
 
 
-def cases(device: str, only: str | None = None) -> Iterator[Case]:
-    """All cells of a device's table whose text contains `only`."""
-    for kind in KINDS:
-        for dtype in DTYPES:
-            for training in (True, False):
-                for exponent in EXPONENTS[device]:
-                    case = Case(kind, dtype, training, exponent)
-                    if only is None or only in str(case):
-                        yield case
+def cases(device: str, stage: str, only: str | None = None) -> Iterator[Case]:
+    """All cells of a table whose text contains `only`."""
+    for kind, dtype, training, fused, exponent in product(
+        KINDS,
+        DTYPES[stage],
+        (True, False),
+        (False, True) if stage == "inductor" else (False,),
+        EXPONENTS[device, stage],
+    ):
+        case = Case(kind, dtype, training, exponent, fused)
+        if only is None or only in str(case):
+            yield case

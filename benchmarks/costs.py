@@ -1,16 +1,19 @@
 """Fills the table by which lowerings are chosen: what each costs, by device, layout, dtype, size.
 
     python -m benchmarks.costs                   the table of CPUs, on one thread, in some minutes
+    python -m benchmarks.costs --stage inductor  that of CPUs where Inductor runs the graph
     python -m benchmarks.costs --device cuda     that of GPUs
     python -m benchmarks.costs --only "layer_norm, rows"     some cells; nothing is written
 
 Writes ``passes/costs_<device>.json``, which is a part of the package, and its table for people,
-``benchmarks/results/costs_<device>.md``. A cell is one hand-written norm in every lowering that it
-has in the eager stage: captured by Dynamo once, compiled by this package's backend for each, and
-called without Dynamo's guards, which a model pays once and not for each of its norms. The lowerings
-take turns (docs/decisions/0008-measuring.md), and their lower quartiles count: what disturbs a call
-only ever adds to it, and a wrong cell is a wrong choice. In training the time is that of forward
-and backward.
+``benchmarks/results/costs_<device>.md``; with ``--stage inductor``, ``costs_<device>_inductor``. A
+cell is one hand-written norm in every lowering that it has in the stage: captured by Dynamo once,
+compiled by this package's backend for each, and called without Dynamo's guards, which a model pays
+once and not for each of its norms. Inductor has cells of norms behind a sum too: it makes the sum
+where it takes the moments, unless a kernel does. The lowerings take turns
+(docs/decisions/0008-measuring.md), and their lower quartiles count: what disturbs a call only ever
+adds to it, and a wrong cell is a wrong choice. In training the time is that of forward and
+backward.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
 from bnrewrite.kernels import why_no_kernels, why_no_triton
 from bnrewrite.options import Options
-from bnrewrite.passes.cost_table import LOWERINGS, Table, fastest, name_of_file
+from bnrewrite.passes.cost_table import LOWERINGS, ORDER, Table, fastest, name_of_file
 
 PACKAGE = Path(__file__).parents[1] / "passes"
 
@@ -45,7 +48,8 @@ Times = dict[str, float]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and write what was measured; the exit code."""
     parser = argparse.ArgumentParser(description="the costs of lowerings")
-    parser.add_argument("--device", choices=sorted(EXPONENTS), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--stage", choices=sorted(ORDER), default="eager")
     parser.add_argument("--only", help="cells whose text contains this; nothing is written")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
@@ -55,12 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, default=PACKAGE, help="folder of the JSON")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the Markdown")
     options = parser.parse_args(arguments)
-    device, console = str(options.device), Console(width=160)
-    chosen = list(cases(device, options.only))
+    device, stage, console = str(options.device), str(options.stage), Console(width=160)
+    if (device, stage) not in EXPONENTS:
+        parser.error(f"there are no cells of {device}, {stage}")
+    chosen = list(cases(device, stage, options.only))
     alone = device == "cpu" and options.threads == 1
     clock = options.clock or ("process" if alone else "wall")
     if not chosen:
-        parser.error(f"{options.only!r} is in none of {[str(case) for case in cases(device)]}")
+        parser.error(f"{options.only!r} is in none of {[*map(str, cases(device, stage))]}")
     if clock == "process" and not alone:
         parser.error("the process's clock counts the time of all threads, and none of a GPU's")
     if device == "cuda" and not torch.cuda.is_available():
@@ -73,59 +79,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        found = measure_all(chosen, options.rounds, device, CLOCKS[clock], console)
+        found = measure_all(chosen, options.rounds, (device, stage), CLOCKS[clock], console)
         where = machine(device)
     finally:
         torch.set_num_threads(threads)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     about = where | {"clock": clock, "rounds": options.rounds, "date": today}
     table = tabulated(found)
-    text = people(table, about)
+    text = people(table, about, stage)
     console.print(text, markup=False)
     if options.only is None:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.table / name_of_file(device)).write_text(as_json(table, about), encoding="utf-8")
-        (options.output / f"costs_{device}.md").write_text(text, encoding="utf-8")
+        path = options.table / name_of_file(device, stage)
+        path.write_text(as_json(table, about), encoding="utf-8")
+        (options.output / path.name).with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(f"{len(found)} cells in {time.monotonic() - start:.0f} s")
     return 0
 
 
 def measure_all(
-    chosen: Sequence[Case], rounds: int, device: str, clock: Clock, console: Console
+    chosen: Sequence[Case], rounds: int, where: tuple[str, str], clock: Clock, console: Console
 ) -> dict[Case, Times]:
-    """The times of all cells, kernels being called as they are once everything is built."""
-    if device == "cpu":
+    """The times of all cells on a device in a stage, once everything is built."""
+    if "cpu" in where:
         from bnrewrite.kernels.generated import runtime
 
         runtime.build()
     found = {}
     for case in track(chosen, "measuring", console=console, transient=True):
-        found[case] = measure(case, rounds, device, clock)
-        if case.exponent == EXPONENTS[device][-1]:
+        found[case] = measure(case, rounds, where, clock)
+        if case.exponent == EXPONENTS[where][-1]:
             gc.collect()  # what Dynamo keeps in cycles holds the largest tensors
     return found
 
 
-def measure(case: Case, rounds: int, device: str, clock: Clock) -> Times:
+def measure(case: Case, rounds: int, where: tuple[str, str], clock: Clock) -> Times:
     """Microseconds of each lowering that a cell's norm has."""
     torch.manual_seed(0)
-    x, cotangent, model = case.tensor(device), case.tensor(device), case.model(device)
+    device, stage = where
+    given, model = case.tensors(device), case.model(device)
     with torch.set_grad_enabled(case.training):
-        steps = lowered(model, x.requires_grad_(case.training), cotangent)
+        given = [x.requires_grad_(case.training) for x in given]
+        steps = lowered(model, given, case.tensors(device), stage)
         timings = interleaved(steps, rounds=rounds, device=device, clock=clock)
     quartiles = {name: quantiles(timing.samples, n=4)[0] for name, timing in timings.items()}
     return {name: float(f"{seconds * 1e6:.3g}") for name, seconds in quartiles.items()}
 
 
-def lowered(model: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Callable[[], Any]]:
+def lowered(
+    model: nn.Module, inputs: Sequence[Tensor], cotangents: Sequence[Tensor], stage: str
+) -> dict[str, Callable[[], Any]]:
     """A step of the model in each lowering that it has: forward, with gradients also backward."""
     runs: dict[str, Callable[..., Any]] = {}
     given: list[Any] = []
 
     def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        for lowering in LOWERINGS:
+        for lowering in ORDER[stage]:
             looks: list[Look] = []
-            compiler = Compiler("eager", Options(kernels=lowering), observe=looks.append)
+            compiler = Compiler(stage, Options(kernels=lowering), observe=looks.append)
             run = compiler(graph, inputs)
             if [site.lowering for site in looks[0].sites] == [lowering]:
                 runs[lowering] = run
@@ -137,17 +148,23 @@ def lowered(model: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Callabl
         return keep
 
     torch.compiler.reset()  # else the second shape of a norm turns its graph dynamic
-    expected = torch.compile(model, backend=backend)(x)
+    expected = torch.compile(model, backend=backend)(*inputs)
+    expected = expected if isinstance(expected, tuple) else (expected,)
     wanted = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
 
     def step(run: Callable[..., Any]) -> Callable[[], Any]:
         made = run(*given)
-        (place,) = (i for i, each in enumerate(made) if each.shape == x.shape)
-        if x.dtype == torch.float64:  # tells a formula from a rounding
-            torch.testing.assert_close(made[place], expected)
+        places = [i for i, each in enumerate(made) if each.shape == inputs[0].shape]
+        if inputs[0].dtype == torch.float64:  # tells a formula from a rounding
+            torch.testing.assert_close(tuple(made[i] for i in places), expected)
         if not torch.is_grad_enabled():
             return lambda: run(*given)
-        return lambda: torch.autograd.grad(run(*given)[place], wanted, cotangent)
+
+        def training() -> Any:
+            found = run(*given)
+            return torch.autograd.grad([found[i] for i in places], wanted, cotangents)
+
+        return training
 
     return {lowering: step(run) for lowering, run in runs.items()}
 
@@ -178,24 +195,24 @@ def as_json(table: Table, about: Mapping[str, Any]) -> str:
     )
 
 
-def people(table: Table, about: Mapping[str, Any]) -> str:
+def people(table: Table, about: Mapping[str, Any], stage: str) -> str:
     """The table in Markdown: the fastest in bold, where two are as fast the one that is taken."""
     rows = []
     for key, entry in table.microseconds.items():
         cells = []
         for place in range(len(table.sizes)):
             times = {lowering: each[place] for lowering, each in entry.items()}
-            taken = fastest(times, LOWERINGS)
+            taken = fastest(times, ORDER[stage], stage)
             cells.append(
                 " / ".join(
                     f"**{times[each]:g}**" if each == taken else f"{times.get(each, '-')}"
-                    for each in LOWERINGS
+                    for each in ORDER[stage]
                 )
             )
         rows.append([key, *cells])
     return (
         f"Measured with `{about['command']}` on {origin(about)}, {about['date']}. "
-        f"Microseconds of a norm by the number of its elements: {' / '.join(LOWERINGS)}. "
+        f"Microseconds of a norm by the number of its elements: {' / '.join(ORDER[stage])}. "
         "In bold what is taken, if it may be.\n\n"
         + markdown(["norm, layout, dtype, mode", *(f"{size:,}" for size in table.sizes)], rows)
         + "\n"

@@ -1,11 +1,13 @@
 """A whole training step of models whose norms are written by hand: forward, loss and backward.
 
-    python -m benchmarks.training_steps             writes training_steps.{json,md}
-    python -m benchmarks.training_steps --compile   with torch.compile of both as further peers,
-                                                    and the optimised one on Inductor
+    python -m benchmarks.training_steps               writes training_steps.{json,md}
+    python -m benchmarks.training_steps --compile     with torch.compile of both as further peers,
+                                                      and the optimised one on Inductor
+    python -m benchmarks.training_steps --keep-memory without the page faults of freed memory
 
 The models have the shape of ResNet-18, of ConvNeXt-T and of a diffusion model's U-Net, on small
-images; weights are random.
+images; weights are random. Gradients end in ``.grad``, which is empty before, as in a training
+loop.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 import bnrewrite
 from benchmarks import hand_written
 from benchmarks.cases import HAND, NATIVE, OPTIMISED
-from benchmarks.measure import CLOCKS, Clock, interleaved, saved_bytes
+from benchmarks.measure import CLOCKS, Clock, interleaved, keep_memory, saved_bytes
 from benchmarks.network_cases import COMPILED, under_compile
 from benchmarks.onnx_models import Block, Norm, unet
 from benchmarks.tables import RESULTS, Results
@@ -59,6 +61,19 @@ class ConvNeXtBlock(nn.Module):
         return y
 
 
+class Network(nn.Module):
+    """Layers one after the other, in a module of one's own: torch.compile makes one graph of it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def resnet18(norm: Norm) -> nn.Module:
     """20 batch norms, on 64 to 512 channels."""
     blocks: list[nn.Module] = []
@@ -69,7 +84,7 @@ def resnet18(norm: Norm) -> nn.Module:
             before = 64 * 2**stage
     stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU())
     pool, flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(stem, nn.MaxPool2d(3, 2, 1), *blocks, pool, flat, nn.Linear(512, 10))
+    return Network(stem, nn.MaxPool2d(3, 2, 1), *blocks, pool, flat, nn.Linear(512, 10))
 
 
 def convnext_tiny(norm: Norm) -> nn.Module:
@@ -81,7 +96,7 @@ def convnext_tiny(norm: Norm) -> nn.Module:
             layers += [norm(channels // 2), nn.Conv2d(channels // 2, channels, 2, 2)]
         layers += [ConvNeXtBlock(channels, norm) for _ in range(depth)]
     pool, flat = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers, pool, flat, nn.Linear(768, 10))
+    return Network(*layers, pool, flat, nn.Linear(768, 10))
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ MODELS = (
     ),
     Model(
         "U-Net",
-        lambda norm: unet(norm, 64),
+        lambda norm: Network(unet(norm, 64)),
         lambda channels: hand_written.GroupNorm(8, channels),
         lambda channels: nn.GroupNorm(8, channels),
         (2, 3, 64, 64),
@@ -133,8 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="torch.compile as further peers")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory, in this process")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.keep_memory:
+        keep_memory()
     results = [
         measure(model, layout, options.rounds, CLOCKS[options.clock], compiled=options.compile)
         for model in MODELS
@@ -145,18 +163,19 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         parser.error(f"{options.only!r} is in none of {[model.name for model in MODELS]}")
     peers = list(results[0].milliseconds)
     table = Results(
-        name="training_steps",
+        name="training_steps_kept" if options.keep_memory else "training_steps",
         headings=("model", "layout", *(f"{peer} ms" for peer in peers),
                   *results[0].over,
                   "MiB saved for backward (" + " / ".join((HAND, NATIVE, OPTIMISED)) + ")"),
         rows=[_cells(result) for result in results],
         records=[asdict(result) for result in results],
         remark="Forward, loss and backward; medians of interleaved rounds; ratios are the medians "
-        "of the rounds' ratios.",
+        "of the rounds' ratios."
+        + " The C library keeps memory that is freed." * options.keep_memory,
     )  # fmt: skip
     table.show()
     table.write(options.output)
-    Console().print(f"written: {options.output}/training_steps.json, training_steps.md")
+    Console().print(f"written: {options.output}/{table.name}.json, {table.name}.md")
     return results
 
 
@@ -168,9 +187,7 @@ def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: b
     hand, native = (model.make(norm) for norm in (model.hand, model.native))
     for own, given in zip(native.parameters(), hand.parameters(), strict=True):
         own.data.copy_(given.data.reshape(own.shape))
-    for each in (*hand.modules(), *native.modules()):
-        if isinstance(each, nn.Conv2d):
-            each.weight.data = each.weight.data.contiguous(memory_format=dense)
+    hand, native = hand.to(memory_format=dense), native.to(memory_format=dense)
     torch.compiler.reset()
     peers: dict[str, nn.Module] = {
         HAND: hand,
@@ -210,8 +227,11 @@ def _loss(peer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _step(peer: nn.Module, x: Tensor) -> Callable[[], object]:
-    parameters = list(peer.parameters())
-    return lambda: torch.autograd.grad(_loss(peer, x), parameters)
+    def step() -> None:
+        peer.zero_grad(set_to_none=True)
+        torch.autograd.backward(_loss(peer, x))
+
+    return step
 
 
 def _cells(result: Result) -> list[str]:

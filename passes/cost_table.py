@@ -1,10 +1,11 @@
 """Measured times of lowerings, by what decides them, and the choice that follows from them.
 
-    time = table of the device [family, layout, dtype, mode] [lowering] [class of size]
+    time = table of the device and stage [family, layout, dtype, mode] [lowering] [class of size]
 
-A table is a file of this package, ``costs_cpu.json``, that ``python -m benchmarks.costs`` writes; a
-device without a file has none. A lookup depends on the file and on the graph alone, never on the
-machine that it runs on.
+A table is a file of this package, ``costs_cpu.json`` of the eager stage,
+``costs_cpu_inductor.json`` where Inductor runs the graph, that ``python -m benchmarks.costs``
+writes; a device without a file has none. A lookup depends on the file and on the graph alone, never
+on the machine that it runs on.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+from torch import fx
 
 from bnrewrite.algebra import Match, Reading
 
 from .nodes import current
 
-# The first that is within a tie of the fastest is taken: what keeps less memory and more digits.
+# The first that is within a tie of the fastest is taken: what keeps less memory and more digits, or
+# what a compiler fuses with more than was measured.
 LOWERINGS = ("generated", "native", "composite")
+FUSING = ("composite", "generated")  # Inductor takes native norms apart
+ORDER = {"eager": LOWERINGS, "inductor": FUSING}
 TIE = 1.1
 MODES = {True: "training", False: "evaluation"}
 # Kinds that are another one's operator of PyTorch.
 FAMILIES = {"instance_norm": "group_norm", "weight_standardization": "layer_norm"}
 GENERAL = "general"  # the family whose times stand for those of families that were not measured
+SINGLE = "float32"  # likewise, of dtypes
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Work:
         dtype: of the normalised tensor, as "float32".
         training: a gradient is wanted.
         elements: of the normalised tensor; None where not even an example is known.
+        fused: a compiler would make the normalised tensor and its moments in one loop.
     """
 
     family: str
@@ -50,11 +57,13 @@ class Work:
     dtype: str
     training: bool
     elements: float | None = None
+    fused: bool = False
 
     @property
     def key(self) -> str:
         """All but the size, as files have it."""
-        return f"{self.family}, {self.layout}, {self.dtype}, {MODES[self.training]}"
+        key = f"{self.family}, {self.layout}, {self.dtype}, {MODES[self.training]}"
+        return f"{key}, fused" if self.fused else key
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,13 @@ class Table:
         """The time of each lowering that was measured; None where the table has no such work.
 
         Sizes between two classes are of the nearer one by their ratio, those outside and unknown
-        ones of the last. A family without an entry has those of general formulas.
+        ones of the last. A dtype without an entry has those of float32, a family without one those
+        of general formulas.
         """
-        general = replace(work, family=GENERAL).key
-        entry = self.microseconds.get(work.key) or self.microseconds.get(general)
+        places = [replace(work, dtype=d) for d in dict.fromkeys((work.dtype, SINGLE))]
+        places += [replace(each, family=GENERAL) for each in places]
+        entries = (self.microseconds.get(each.key) for each in places)
+        entry = next((each for each in entries if each is not None), None)
         if entry is None:
             return None
         place = self.place(work.elements)
@@ -100,26 +112,28 @@ def read_table(text: str) -> Table:
     return Table(tuple(record["sizes"]), entries)
 
 
-def name_of_file(device: str) -> str:
-    """The file of a kind of device: "cpu", "cuda"."""
-    return f"costs_{device}.json"
+def name_of_file(device: str, stage: str = "eager") -> str:
+    """The file of a kind of device, "cpu" or "cuda", and a stage, "eager" or "inductor"."""
+    return f"costs_{device}.json" if stage == "eager" else f"costs_{device}_{stage}.json"
 
 
 @functools.cache
-def table_of(device: str) -> Table | None:
-    """The table of a kind of device, None where it has not been measured."""
-    file = files("bnrewrite.passes") / name_of_file(device)
+def table_of(device: str, stage: str = "eager") -> Table | None:
+    """The table of a kind of device and a stage, None where it has not been measured."""
+    file = files("bnrewrite.passes") / name_of_file(device, stage)
     return read_table(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def fastest(times: Mapping[str, float], allowed: Collection[str]) -> str | None:
+def fastest(
+    times: Mapping[str, float], allowed: Collection[str], stage: str = "eager"
+) -> str | None:
     """The lowering to take of those that may be taken; None where none of them was measured."""
-    known = {each: times[each] for each in LOWERINGS if each in times and each in allowed}
+    known = {each: times[each] for each in ORDER[stage] if each in times and each in allowed}
     limit = TIE * min(known.values(), default=0)
     return next((lowering for lowering, time in known.items() if time <= limit), None)
 
 
-def work_of(reading: Reading, found: Match) -> Work:
+def work_of(reading: Reading, found: Match, stage: str = "eager") -> Work:
     """What a site has to do, by the shapes at capture; symbolic sizes by their example."""
     value = current(found.linear.source).meta["val"]
     sizes = [_example(size) for size in value.shape]
@@ -129,7 +143,18 @@ def work_of(reading: Reading, found: Match) -> Work:
         dtype=str(value.dtype).removeprefix("torch."),
         training=reading.ring.differentiable(found.node),
         elements=None if None in sizes else math.prod(size for size in sizes if size is not None),
+        fused=stage == "inductor" and _is_pointwise(found.linear.source),
     )
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Whether a tensor is made element by element, up to a view of it."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target.is_view:
+        return _is_pointwise(node.all_input_nodes[0])
+    return torch.Tag.pointwise in target.tags
 
 
 def _layout(found: Match, value: torch.Tensor) -> str:

@@ -43,29 +43,33 @@ def may_generate(found: Match) -> bool:
     return bool(found.over) and x.device.type in ("cpu", "cuda") and x.dtype in FLOATING
 
 
-def choice(reading: Reading, found: Match, *, native: bool, kernel: bool) -> str | None:
-    """The lowering that the table of the device says to take in the eager stage.
+def choice(
+    reading: Reading, found: Match, *, native: bool, kernel: bool, stage: str = "eager"
+) -> str | None:
+    """The lowering that the table of the device and of a stage, eager or Inductor's, says to take.
 
     Args:
         reading: of the graph.
         found: the site.
         native: an operator of PyTorch may be taken.
         kernel: a kernel may be taken, if it is not too small.
+        stage: what runs the graph.
 
     Returns:
-        Without measured times "generated", where a kernel may be taken on a CPU; else None. Also
-        None where composite is the fastest of what was measured, and an operator that may be taken
-        was not. For None an operator of PyTorch comes before moments and a multiply-add.
+        Without measured times "generated", where a kernel may be taken on a CPU and is called as it
+        is; else None. Also None where composite is the fastest of what was measured, and an
+        operator that may be taken was not. For None an operator of PyTorch comes before moments and
+        a multiply-add.
     """
     device = found.linear.source.meta["val"].device.type
-    table, work = table_of(device), work_of(reading, found)
+    table, work = table_of(device, stage), work_of(reading, found, stage)
     times = None if table is None else table.times(work)
     small = work.elements is not None and work.elements < SMALLEST_KERNEL
     kernel = kernel and not small
     if times is None:
-        return "generated" if kernel and device == "cpu" else None
+        return "generated" if kernel and device == "cpu" and stage == "eager" else None
     may = {"generated": kernel, "native": native, "composite": True}
-    chosen = fastest(times, [lowering for lowering in may if may[lowering]])
+    chosen = fastest(times, [lowering for lowering in may if may[lowering]], stage)
     if chosen == "composite" and native and "native" not in times:
         return None
     return chosen

@@ -85,7 +85,7 @@ def _call(
 def _operator(
     writing: Writing, text: str, x: fx.Node, given: list[fx.Node], updates: int
 ) -> tuple[fx.Node, list[fx.Node]]:
-    """By the operator that the stage after takes apart into kernels of Triton."""
+    """By the operator, which a compiler places, and takes apart where it is made of Triton's."""
     target = operator_of(text, x.meta["val"], [node.meta["val"] for node in given])
     if target is None:
         raise Unwritable("no kernel takes tensors of these kinds")

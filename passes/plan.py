@@ -15,6 +15,7 @@ from bnrewrite.algebra.calls import shape_of
 from bnrewrite.kernels import why_no_kernels, why_no_triton
 
 from .across import of_smallest_groups
+from .cost_table import ORDER
 from .costs import choice, has_fast_norm, may_generate
 from .frozen import has_small_means
 from .native import has_native
@@ -27,7 +28,7 @@ FEWEST = 4  # elements of a group of which the operator's gradient is as good as
 
 @dataclass(frozen=True)
 class Plan:
-    """The lowering that was measured to be the fastest, in the eager stage; else a fixed one."""
+    """The lowering that was measured to be the fastest in the stage; else a fixed one."""
 
     name: str = "plan"
 
@@ -111,18 +112,16 @@ def _lowering(rewriting: Rewriting, decision: Decision) -> str:
 
 def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
     options = rewriting.options
-    if options.stage == "inductor":  # it takes kernels of Triton over, if they are asked for
-        device = found.linear.source.meta["val"].device.type
-        return options.kernels == "generated" and device == "cuda" and may_generate(found)
-    if options.stage != "eager" or options.kernels not in ("auto", "generated"):
+    if options.stage not in ORDER or options.kernels not in ("auto", "generated"):
         return False
     if not may_generate(found):
         return False
     if options.kernels == "generated":
         return True
     assert rewriting.reading is not None
-    native = has_native(rewriting.reading, found)
-    return choice(rewriting.reading, found, native=native, kernel=True) == "generated"
+    native, stage = has_native(rewriting.reading, found), options.stage
+    taken = choice(rewriting.reading, found, native=native, kernel=True, stage=stage)
+    return taken == "generated"
 
 
 def _loses_digits(rewriting: Rewriting, found: Match) -> bool:

@@ -93,6 +93,7 @@ def trace(
             each.clone().requires_grad_() if _is_floating(each) else each
             for each in (batch if isinstance(batch, tuple) else (batch,))
         ]
+        torch.manual_seed(step)  # what a model draws is the same for all who run it
         outputs = [leaf for leaf in tree_leaves(call(*inputs)) if isinstance(leaf, Tensor)]
         differentiable = [leaf for leaf in outputs if leaf.requires_grad]
         cotangents = [cotangent(leaf, source) for leaf in differentiable]

@@ -35,7 +35,7 @@ def a_table(**times: float) -> Table:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, table: Table | None) -> None:
-    monkeypatch.setattr("bnrewrite.passes.costs.table_of", lambda device: table)
+    monkeypatch.setattr("bnrewrite.passes.costs.table_of", lambda device, stage: table)
 
 
 def lowering(model: nn.Module, x: Tensor, backend: str = "eager", kernels: str = "auto") -> str:
@@ -61,10 +61,17 @@ def test_other_works_have_other_times_or_those_of_general_formulas() -> None:
     assert table.times(Work("lp_normalize", "rows", "float32", True)) == {"generated": 2.0}
     for other in (
         Work("layer_norm", "columns", "float32", True),
-        Work("layer_norm", "rows", "float16", True),
         Work("layer_norm", "rows", "float32", False),
+        Work("layer_norm", "rows", "float32", True, fused=True),
     ):
         assert table.times(other) is None
+
+
+def test_dtypes_that_were_not_measured_have_the_times_of_float32() -> None:
+    general, own = (Work(f, "rows", "float16", True) for f in ("general", WORK.family))
+    entries = {WORK.key: {"native": (1.0,)}, general.key: {"native": (2.0,)}}
+    assert Table((64,), entries).times(own) == {"native": 1.0}
+    assert Table((64,), entries | {own.key: {"native": (3.0,)}}).times(own) == {"native": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +88,15 @@ def test_other_works_have_other_times_or_those_of_general_formulas() -> None:
 )
 def test_what_is_taken(times: tuple[float, ...], allowed: Sequence[str], taken: str | None) -> None:
     assert fastest(dict(zip(LOWERINGS, times, strict=True)), allowed) == taken
+
+
+@pytest.mark.parametrize(
+    ("generated", "taken"), [(1.0, "composite"), (0.92, "composite"), (0.9, "generated")]
+)
+def test_what_inductor_is_given(generated: float, taken: str) -> None:
+    """A tie goes to what it may fuse with more; native norms are the same to it as composite."""
+    times = {"generated": generated, "native": 0.1, "composite": 1.0}
+    assert fastest(times, LOWERINGS, "inductor") == taken
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -121,13 +137,50 @@ def test_a_site_takes_what_was_measured(
 
 
 def test_what_is_asked_for_and_other_stages_need_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says how lowerings run in eager mode; Inductor fuses what it is given."""
     use(monkeypatch, a_table(generated=3.0, native=2.0, composite=1.0))
     for kernels in LOWERINGS:
         assert lowering(hand_written.LayerNorm(64), LARGE, kernels=kernels) == kernels
+        taken = lowering(hand_written.LayerNorm(64), LARGE, "inductor", kernels)
+        assert taken == kernels
     use(monkeypatch, a_table(generated=1.0, native=2.0, composite=3.0))
-    assert lowering(hand_written.LayerNorm(64), LARGE, "inductor") == "composite"
     assert lowering(hand_written.LayerNorm(64), LARGE, "aot_eager") == "native"
+
+
+@pytest.mark.parametrize(
+    ("generated", "fused", "expected"),
+    [(1.0, 1.0, ("generated",) * 3), (1.0, 9.0, ("generated", "composite", "composite"))],
+)
+def test_inductor_has_a_table_of_its_own(
+    generated: float, fused: float, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With times of norms whose tensor it would make together with their moments."""
+    entries = {
+        Work("layer_norm", "rows", "float32", True, fused=behind).key: {
+            "generated": (time,), "composite": (2.0,),
+        }
+        for behind, time in ((False, generated), (True, fused))
+    }  # fmt: skip
+    tables = {"inductor": Table((4096,), entries), "eager": a_table(native=1.0)}
+    monkeypatch.setattr("bnrewrite.passes.costs.table_of", lambda device, stage: tables[stage])
+    norm = hand_written.LayerNorm(64)
+
+    class Behind(nn.Module):
+        def __init__(self, viewed: tuple[int, ...]) -> None:
+            super().__init__()
+            self.norm, self.viewed = norm, viewed
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(x.exp().view(self.viewed))
+            return y
+
+    for model, taken in zip((norm, Behind((64, 64)), Behind((8, 8, 64))), expected, strict=True):
+        assert lowering(model, LARGE, "inductor") == taken
+        assert lowering(model, LARGE) == "native"
+
+
+def test_inductor_without_a_table_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, None)
+    assert lowering(hand_written.LayerNorm(64), LARGE, "inductor") == "composite"
 
 
 def test_a_mode_has_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +231,17 @@ def test_a_size_without_an_example_is_unknown() -> None:
     assert cost_table._example(7) == 7
 
 
-def test_the_table_of_cpus_is_complete() -> None:
-    table = table_of("cpu")
+@pytest.mark.parametrize("stage", ["eager", "inductor"])
+def test_the_table_of_cpus_is_complete(stage: str) -> None:
+    table = table_of("cpu", stage)
     assert table is not None
-    assert table.sizes == tuple(2**exponent for exponent in EXPONENTS["cpu"])
-    works = {case.work.key: case.kind.family for case in cases("cpu")}
+    assert table.sizes == tuple(2**exponent for exponent in EXPONENTS["cpu", stage])
+    works = {case.work.key: case.kind.family for case in cases("cpu", stage)}
     assert set(table.microseconds) == set(works)
     for key, family in works.items():
         entry = table.microseconds[key]
-        assert set(entry) == {"generated", "composite", *({"native"} if family in NATIVE else ())}
+        native = {"native"} if family in NATIVE and stage == "eager" else set()
+        assert set(entry) == {"generated", "composite", *native}
         for times in entry.values():
             assert len(times) == len(table.sizes)
             assert all(0 < time < math.inf for time in times)
@@ -198,7 +253,7 @@ def test_a_device_without_a_table() -> None:
 
 def test_the_table_is_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few = [Case(KINDS[2], "float64", training, 6) for training in (True, False)]
-    monkeypatch.setattr(benchmark, "cases", lambda device, only: few)
+    monkeypatch.setattr(benchmark, "cases", lambda device, stage, only: few)
     arguments = ["--rounds", "2", "--table", str(tmp_path), "--output", str(tmp_path / "results")]
     assert benchmark.main([*arguments, "--only", "layer_norm"]) == 0
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def rank(kind: str) -> int:
 
 
 def has_kernel(text: str, x: Tensor, *tensors: Tensor) -> bool:
-    return call._kernel(text, x, tensors) is not None
+    return call.kernel_of(text, x, tensors) is not None
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)

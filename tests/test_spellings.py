@@ -91,10 +91,11 @@ def test_a_spelling_through_torch_compile(row: Spelling) -> None:
     assert contract_violations(row.build(), compiled, row.batches(4)) == []
 
 
+@pytest.mark.parametrize("kernels", ["auto", "generated"])
 @rows("inductor")
-def test_a_spelling_through_inductor(row: Spelling) -> None:
+def test_a_spelling_through_inductor(row: Spelling, kernels: str) -> None:
     def compiled(model: nn.Module) -> Any:
-        return torch.compile(model, backend="bnrewrite")
+        return torch.compile(model, backend="bnrewrite", options={"kernels": kernels})
 
     assert contract_violations(row.build(), compiled, row.batches(3)) == []
 

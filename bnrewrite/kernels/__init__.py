@@ -15,13 +15,14 @@ from .generated import (
     never_kept,
     norm,
     norm_with_updates,
+    operator_of,
     why_no_kernels,
 )
 from .grouped import group_norm
 from .layout import has_dense_channels
 from .rows import layer_norm
 from .synchronised import synchronised_moments
-from .triton import operator_of, why_no_triton
+from .triton import why_no_triton
 
 __all__ = [
     "FLOATING",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .arranged import FLOATING
 from .build import why_no_kernels
-from .call import norm, norm_with_updates
+from .call import norm, norm_with_updates, operator_of
 from .check import check_program, may_follow_residual, never_kept
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "never_kept",
     "norm",
     "norm_with_updates",
+    "operator_of",
     "why_no_kernels",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..triton import run_on_gpu
+from ..triton import operator_on_gpu, run_on_gpu
 from . import runtime
 from .arranged import dtype_of_moments
 from .kernel import Kernel, made_for
@@ -47,10 +47,11 @@ def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         made = run_on_gpu(text, x, tensors)
         if made is not None:
             return made
-    kernel = _kernel(text, x, tensors) if are_plain(x, *tensors) else None
+    kernel = kernel_of(text, x, tensors) if are_plain(x, *tensors) else None
     if kernel is None:
         y, updates = reference(text, x, tensors)
         return (y, *updates)
+    runtime.add(text, kernel, (x, *tensors))
     if kernel.copies:
         x = x.clone(memory_format=torch.preserve_format)
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
@@ -70,7 +71,8 @@ def _fake(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]
     return (torch.empty_like(x, dtype=program.dtype or x.dtype), *updates)
 
 
-def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
+def kernel_of(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
+    """The kernel of a program for tensors; None where torch's operations stand in for it."""
     key = (text, x.shape, x.stride(), x.dtype, *[(t.shape, t.dtype) for t in tensors])
     try:
         return _kernels[key]
@@ -78,6 +80,38 @@ def _kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         if len(_kernels) >= MOST:
             _kernels.clear()
         found = _kernels[key] = made_for(text, x, tensors)
-        if found is not None:
-            runtime.add(text, found, (x, *tensors))
         return found
+
+
+def operator_of(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Any:
+    """The operator that makes ``[y, moments, *updates]`` of a program; None where it has no kernel.
+
+    Args:
+        text: the program.
+        x: of its dimensions; fake tensors will do.
+        tensors: t0, t1, ... and the residual, where the program adds one.
+    """
+    if x.is_cuda:
+        return operator_on_gpu(text, x, tensors)
+    from .operators import norm_forward  # here: two operators take a while to register
+
+    given = [_example(each) for each in (x, *tensors) if _has_example(each)]
+    if len(given) <= len(tensors):
+        return None
+    like, *rest = given
+    has = all(made_for(text, each, rest) for each in (like, like.contiguous()))
+    return norm_forward._opoverload if has else None
+
+
+def _has_example(tensor: Tensor) -> bool:
+    numbers = (*tensor.shape, *tensor.stride())
+    return all(not isinstance(n, torch.SymInt) or n.node.hint is not None for n in numbers)
+
+
+def _example(tensor: Tensor) -> Tensor:
+    """A tensor without numbers, of the example that symbolic sizes were captured with."""
+    sizes, strides = (
+        [n.node.hint if isinstance(n, torch.SymInt) else n for n in numbers]
+        for numbers in (tensor.shape, tensor.stride())
+    )
+    return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device="meta")

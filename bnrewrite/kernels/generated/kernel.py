@@ -36,7 +36,7 @@ PRINTED = {  # by columns, by means over groups
 SMALL = 32768  # elements for which another thread is worth its start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """The compiled functions of a program for tensors of one shape, layout and dtypes.
 

@@ -39,6 +39,43 @@ def forward(
     return y, moments, tuple(update.view(sizes).permute(places) for update in new)
 
 
+def backward(
+    kernel: Kernel,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    moments: Tensor,
+    given: Sequence[Any],
+    *,
+    wanted: bool = True,
+) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+    """The gradients of x, of the free tensors, and of the residual.
+
+    Args:
+        kernel: made for these tensors.
+        dy: the cotangent of y.
+        x: dense.
+        y: what the forward made, where a residual was added.
+        moments: what the forward made.
+        given: the tensors of the program; those that no backward reads may be None.
+        wanted: whether the gradient of x is.
+    """
+    dx = torch.empty_like(x) if wanted else None
+    dresidual = torch.empty_like(x) if kernel.residual else None
+    ordered: list[Any] = [
+        None if t is None else dense(t, order)
+        for t, order in zip(given, kernel.orders, strict=True)
+    ]
+    made = [torch.empty_like(ordered[i]) for i in kernel.free]
+    pointers = [like(dy, x), x, y, moments, dx, dresidual, *ordered, *made]
+    kernel.run(kernel.backward, pointers)
+    placed = [
+        back(gradient, given[i], kernel.orders[i])
+        for i, gradient in zip(kernel.free, made, strict=True)
+    ]
+    return dx, placed, dresidual
+
+
 class Recorded(torch.autograd.Function):
     """A kernel that autograd records."""
 
@@ -67,21 +104,12 @@ class Recorded(torch.autograd.Function):
         dy = cotangents[0]
         if torch.is_grad_enabled() or not are_plain(dy):
             return (None, None, *of_reference(ctx.text, [x, *given], needed, dy))
-        dy = like(dy, x)
         tensors = given[: len(kernel.orders)]
         y = given[-1] if kernel.residual else None
-        dx = torch.empty_like(x) if needed[0] else None
-        dresidual = torch.empty_like(x) if kernel.residual else None
-        ordered = [
-            None if t is None else dense(t, order)
-            for t, order in zip(tensors, kernel.orders, strict=True)
-        ]
-        made = [torch.empty_like(ordered[i]) for i in kernel.free]
-        kernel.run(kernel.backward, [dy, x, y, moments, dx, dresidual, *ordered, *made])
+        dx, made, dresidual = backward(kernel, dy, x, y, moments, tensors, wanted=needed[0])
         found: list[Tensor | None] = [dx, *[None] * len(tensors)]
         for i, gradient in zip(kernel.free, made, strict=True):
-            if needed[1 + i]:
-                found[1 + i] = back(gradient, tensors[i], kernel.orders[i])
+            found[1 + i] = gradient if needed[1 + i] else None
         return (None, None, *found, *([dresidual] if kernel.residual else []))
 
 

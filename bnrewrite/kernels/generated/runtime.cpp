@@ -125,6 +125,29 @@ std::pair<variable_list, Tensor> run(const Kernel &kernel, const Tensor &x, cons
   return {made, moments};
 }
 
+// The gradients of x where it is wanted, of the free tensors, and of the residual.
+std::tuple<Tensor, variable_list, Tensor> gradients(const Kernel &kernel, const Tensor &cotangent, const Tensor &x,
+                                                    const Tensor &y, const Tensor &moments, const variable_list &given,
+                                                    bool wanted, bool is_free) {
+  Tensor dy = like(cotangent, x), dx;
+  if (wanted) dx = is_free && dy.scalar_type() == x.scalar_type() ? dy.detach() : fresh(x, x.scalar_type());
+  Tensor dresidual = kernel.residual ? fresh(x, x.scalar_type()) : Tensor();
+  const auto at = [](const Tensor &tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
+  std::vector<void *> pointers{at(dy), at(x), at(y), at(moments), at(dx), at(dresidual)};
+  variable_list held(given.size()), made;
+  for (size_t i = 0; i < given.size(); ++i) {
+    if (given[i].defined()) held[i] = dense(given[i], kernel.orders[i]);
+    pointers.push_back(at(held[i]));
+  }
+  for (int64_t i : kernel.free) {
+    made.push_back(fresh(held[i], held[i].scalar_type()));
+    pointers.push_back(made.back().data_ptr());
+  }
+  kernel.backward(pointers.data(), kernel.extents.data(), kernel.loops.data(), threads(kernel));
+  for (size_t i = 0; i < made.size(); ++i) made[i] = back(made[i], given[kernel.free[i]], kernel.orders[kernel.free[i]]);
+  return {dx, made, dresidual};
+}
+
 // Gradients that can be differentiated again, by the formula from torch's operations.
 variable_list of_reference(const Kernel &kernel, const variable_list &given, const std::vector<bool> &needed,
                            const Tensor &dy) {
@@ -201,28 +224,12 @@ struct Norm : torch::autograd::Function<Norm> {
       return result;
     }
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const variable_list tensors(saved.begin() + 2, saved.begin() + 2 + count);
     const bool is_free = is_own(cotangents[0]);
-    Tensor dy = like(cotangents[0], x), dx;
-    if (needed[0])
-      dx = is_free && dy.scalar_type() == x.scalar_type() ? dy.detach() : fresh(x, x.scalar_type());
-    Tensor dresidual = kernel.residual ? fresh(x, x.scalar_type()) : Tensor();
-    const auto at = [](const Tensor &tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
-    std::vector<void *> pointers{at(dy), at(x), at(y), at(moments), at(dx), at(dresidual)};
-    std::vector<Tensor> held(count), made;
-    for (size_t i = 0; i < count; ++i) {
-      if (saved[2 + i].defined()) held[i] = dense(saved[2 + i], kernel.orders[i]);
-      pointers.push_back(at(held[i]));
-    }
-    for (int64_t i : kernel.free) {
-      made.push_back(fresh(held[i], held[i].scalar_type()));
-      pointers.push_back(made.back().data_ptr());
-    }
-    kernel.backward(pointers.data(), kernel.extents.data(), kernel.loops.data(), threads(kernel));
+    auto [dx, made, dresidual] = gradients(kernel, cotangents[0], x, y, moments, tensors, needed[0], is_free);
     result[1] = dx;
-    for (size_t i = 0; i < kernel.free.size(); ++i) {
-      const int64_t number = kernel.free[i];
-      if (needed[1 + number]) result[2 + number] = back(made[i], saved[2 + number], kernel.orders[number]);
-    }
+    for (size_t i = 0; i < kernel.free.size(); ++i)
+      if (needed[1 + kernel.free[i]]) result[2 + kernel.free[i]] = made[i];
     if (kernel.residual) result.back() = dresidual;
     return result;
   }
@@ -278,6 +285,81 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Moments in the order of the program's axes from that in memory, or back: x may be moved in between.
+Tensor ordered(const Kernel &kernel, const Tensor &moments, bool back) {
+  const Numbers &places = kernel.kept.places;
+  if (std::is_sorted(places.begin(), places.end())) return moments;
+  Numbers sizes{-1}, order{0};
+  for (size_t i = 0; i < places.size(); ++i) {
+    const auto inverse = std::find(places.begin(), places.end(), int64_t(i)) - places.begin();
+    sizes.push_back(kernel.kept.sizes[back ? places[i] : i]);
+    order.push_back(1 + (back ? inverse : places[i]));
+  }
+  return moments.view(sizes).permute(order).reshape(moments.sizes()).contiguous();
+}
+
+// The tensors of an operator's call, x first; its kernel, none where nobody may call it on their memory.
+Found operands(PyObject *program, PyObject *x, PyObject *tensors, bool residual, variable_list &given) {
+  if (is_observed()) return {};
+  given.push_back(THPVariable_Unpack(x));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i)
+    given.push_back(THPVariable_Unpack(PyList_GET_ITEM(tensors, i)));
+  if (residual) given.push_back(given[0]); // of which a backward reads nothing
+  if (!std::all_of(given.begin(), given.end(), is_plain)) return {};
+  return find(programs[PyLong_AsSize_t(program)], given);
+}
+
+PyObject *list_of(const variable_list &tensors) {
+  PyObject *result = PyList_New(Py_ssize_t(tensors.size()));
+  for (size_t i = 0; i < tensors.size(); ++i) PyList_SET_ITEM(result, Py_ssize_t(i), THPVariable_Wrap(tensors[i]));
+  return result;
+}
+
+// forward(program, x, tensors) of the operator: y, the moments, the updates; None without a kernel.
+PyObject *forward(PyObject *, PyObject *const *arguments, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  variable_list given, made;
+  const Found kernel = operands(arguments[0], arguments[1], arguments[2], false, given);
+  if (!kernel) Py_RETURN_NONE;
+  {
+    pybind11::gil_scoped_release without_lock;
+    at::NoGradGuard no_grad;
+    if (kernel->copies) given[0] = given[0].clone(at::MemoryFormat::Preserve);
+    auto [values, moments] = run(*kernel, given[0], variable_list(given.begin() + 1, given.end()));
+    made = {values[0], ordered(*kernel, moments, false)};
+    for (size_t i = 1; i < values.size(); ++i) made.push_back(values[i].contiguous());
+  }
+  return list_of(made);
+  END_HANDLE_TH_ERRORS
+}
+
+// backward(program, dy, x, y, moments, tensors) of the operator; None without a kernel.
+PyObject *backward(PyObject *, PyObject *const *arguments, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  variable_list given, made;
+  const bool residual = arguments[3] != Py_None;
+  const Found kernel = operands(arguments[0], arguments[2], arguments[5], residual, given);
+  const Tensor &dy = THPVariable_Unpack(arguments[1]);
+  if (!kernel || !is_plain(dy)) Py_RETURN_NONE;
+  Tensor y = residual ? THPVariable_Unpack(arguments[3]) : Tensor();
+  const Tensor &moments = THPVariable_Unpack(arguments[4]);
+  {
+    pybind11::gil_scoped_release without_lock;
+    at::NoGradGuard no_grad;
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (kernel->copies) given[0] = given[0].clone(at::MemoryFormat::Preserve);
+    if (residual) y = like(y, given[0]);
+    const variable_list tensors(given.begin() + 1, given.begin() + 1 + kernel->orders.size());
+    auto [dx, others, dresidual] =
+        gradients(*kernel, dy, given[0], y, ordered(*kernel, moments, true), tensors, true, false);
+    made = {dx};
+    for (const Tensor &one : others) made.push_back(one.contiguous());
+    if (residual) made.push_back(dresidual);
+  }
+  return list_of(made);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject *program(PyObject *, PyObject *) {
   programs.emplace_back();
   return PyLong_FromSize_t(programs.size() - 1);
@@ -318,6 +400,8 @@ PyObject *add(PyObject *, PyObject *const *arguments, Py_ssize_t) {
 
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(call)), METH_FASTCALL, "Run a program."},
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(forward)), METH_FASTCALL, "The operator."},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(backward)), METH_FASTCALL, "Its backward."},
     {"program", program, METH_NOARGS, "A new program without kernels."},
     {"add", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(add)), METH_FASTCALL, "Give it one."},
     {nullptr, nullptr, 0, nullptr}};

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import sysconfig
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 _module: ModuleType | None = None
 _call: Any = None
 _programs: dict[str, int] = {}
+_added: weakref.WeakSet[Kernel] = weakref.WeakSet()
 _waiting: list[tuple[str, Kernel, Kinds]] = []
 _lock = threading.Lock()
 _builder: threading.Thread | None = None
@@ -48,12 +50,35 @@ def call(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] 
     return made
 
 
+def forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor] | None:
+    """What the operator makes, as ``operators.norm_forward``; None without a kernel here."""
+    number = _programs.get(text)
+    made: list[Tensor] | None = None
+    if number is not None and _module is not None:
+        made = _module.forward(number, x, tensors)
+    return made
+
+
+def backward(
+    text: str, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, tensors: list[Tensor]
+) -> list[Tensor] | None:
+    """The gradients, as ``operators.norm_backward``; None without a kernel here."""
+    number = _programs.get(text)
+    made: list[Tensor] | None = None
+    if number is not None and _module is not None:
+        made = _module.backward(number, dy, x, y, moments, tensors)
+    return made
+
+
 def add(text: str, kernel: Kernel, given: tuple[Tensor, ...]) -> None:
     """Have the runtime call a kernel for tensors like these, now or once it is built."""
     global _builder
+    if kernel in _added:
+        return
     x, counts = given[0], [t.numel() for t in given]
     kinds: Kinds = (x.shape, x.stride(), counts, [DTYPES[t.dtype] for t in given])
     with _lock:
+        _added.add(kernel)
         if _module is not None:
             _register(text, kernel, kinds)
             return

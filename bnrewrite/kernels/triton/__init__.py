@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["operator_of", "run_on_gpu", "why_no_triton"]
+__all__ = ["operator_on_gpu", "run_on_gpu", "why_no_triton"]
 
 
 @cache
@@ -42,7 +42,7 @@ def run_on_gpu(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor,
     return None if launch is None else call(launch, text, dense, tensors)
 
 
-def operator_of(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Any:
+def operator_on_gpu(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Any:
     """The operator that makes ``[y, moments, *updates]`` of a program; None where it has no kernel.
 
     Args:

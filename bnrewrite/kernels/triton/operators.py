@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..generated.program import parse
+from ..generated.saving import differentiate, save
 from .launch import Launch, run_forward
-from .record import device_of, differentiate, found, gradients, save
+from .record import device_of, found, gradients
 
 
 def forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
@@ -72,9 +73,7 @@ def _launch(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, La
 def _save(ctx: Any, inputs: tuple[str, Tensor, list[Tensor]], output: list[Tensor]) -> None:
     """Keep x, the moments, and what the backward reads of the tensors."""
     text, x, given = inputs
-    _, launch = found(text, x, given)
-    assert launch is not None
-    save(ctx, text, launch, x, given, output[0], output[1])
+    save(ctx, text, x, given, output[0], output[1])
 
 
 def _differentiate(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,11 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..generated.printing import Unprintable
-from ..generated.program import parse
-from ..generated.record import PLAIN, copied, of_reference
+from ..generated.saving import differentiate, save
 from .launch import Launch, launch_of, run_backward, run_forward
-
-Backward = Callable[[str, Tensor, Tensor, Tensor | None, Tensor, list[Tensor]], list[Tensor]]
 
 
 def found(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Launch | None]:
@@ -67,7 +64,7 @@ class Recorded(torch.autograd.Function):
         """``y`` and the updates."""
         with device_of(x):
             y, moments, updates = run_forward(launch, x, given)
-        save(ctx, text, launch, x, given, y, moments)
+        save(ctx, text, x, given, y, moments)
         ctx.launch = launch
         ctx.mark_non_differentiable(*updates)
         return (y, *updates)
@@ -89,52 +86,3 @@ def gradients(
     """The gradients of x, of the free tensors, and of the residual."""
     dx, dresidual, made = run_backward(launch, dy, x, y, moments, given)
     return [dx, *(made[i] for i in launch.tiled.free), *([] if dresidual is None else [dresidual])]
-
-
-def save(
-    ctx: Any,
-    text: str,
-    launch: Launch,
-    x: Tensor,
-    given: Sequence[Tensor],
-    y: Tensor,
-    moments: Tensor,
-) -> None:
-    """Keep x, the moments, and what a backward reads of the tensors."""
-    tiled, kept = launch.tiled, []
-    for i in range(len(tiled.program.tensors)):
-        if i in tiled.copied:  # it may change before the backward; a copy does not
-            kept.append(copied(given[i]) if type(given[i]) in PLAIN else given[i].clone())
-        elif i in tiled.used:  # where no gradient depends on its value, it may have changed since
-            kept.append(given[i] if i in tiled.firm else _unwatched(given[i]))
-        else:  # of updates alone: nothing but its shape is asked for
-            kept.append(torch.empty_like(given[i]))
-    ctx.save_for_backward(x, moments, *kept, *([y] if tiled.program.residual else []))
-    ctx.text = text
-
-
-def _unwatched(tensor: Tensor) -> Tensor:
-    """A tensor that may be changed in place after it was saved; a tracer has a name for it."""
-    return tensor.data if type(tensor) in PLAIN else tensor.detach()
-
-
-def differentiate(
-    ctx: Any, needed: Sequence[bool], dy: Tensor, kernels: Backward
-) -> list[Tensor | None]:
-    """The gradients of x, of the tensors, and of the residual: twice differentiable where asked.
-
-    Args:
-        ctx: what was saved.
-        needed: which of them are.
-        dy: the cotangent of y.
-        kernels: of the backward.
-    """
-    x, moments, *given = ctx.saved_tensors
-    program = parse(ctx.text)
-    y = given[-1] if program.residual else None
-    if torch.is_grad_enabled():
-        return of_reference(ctx.text, [x, *given], needed, dy)
-    dx, *made = kernels(ctx.text, dy, x, y, moments, given[: len(program.tensors)])
-    rest = iter(made)
-    placed = [None if i in program.fixed else next(rest) for i in range(len(program.tensors))]
-    return [dx, *placed, *rest]

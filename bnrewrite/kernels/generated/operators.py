@@ -1,0 +1,148 @@
+"""The operators ``bnrewrite::norm_forward_cpu`` and ``bnrewrite::norm_backward_cpu``.
+
+They are registered with ``torch.library``, for compilers: these trace them, call them as they are,
+and place what stands around them. The eager stage calls kernels without them (``call.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .arranged import dtype_of_moments, like
+from .call import kernel_of
+from .kernel import Kernel
+from .layout import Layout
+from .printing import Source
+from .program import parse
+from .record import backward as run_backward
+from .record import forward as run_forward
+from .saving import differentiate, save
+
+FLEXIBLE = torch.Tag.flexible_layout  # a kernel is printed for the layout in which x comes
+
+
+@torch.library.custom_op(
+    "bnrewrite::norm_forward_cpu", mutates_args=(), device_types="cpu", tags=FLEXIBLE
+)
+def norm_forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """``y``, the moments of each group, and the updates of a program.
+
+    Args:
+        text: the program, as ``program.py`` says.
+        x: of its dimensions, in any layout.
+        tensors: t0, t1, ... and the residual, where the program adds one.
+    """
+    found = runtime.forward(text, x, tensors)
+    if found is not None:
+        return found
+    kernel, dense = _found(text, x, tensors)
+    y, moments, updates = run_forward(kernel, dense, tensors)
+    moments = _ordered(kernel, moments)
+    return [like(y, torch.empty_like(x)), moments, *(update.contiguous() for update in updates)]
+
+
+@torch.library.custom_op(
+    "bnrewrite::norm_backward_cpu", mutates_args=(), device_types="cpu", tags=FLEXIBLE
+)
+def norm_backward(
+    text: str, dy: Tensor, x: Tensor, y: Tensor | None, moments: Tensor, tensors: list[Tensor]
+) -> list[Tensor]:
+    """The gradients of x, of the tensors that take one, and of the residual.
+
+    Args:
+        text: the program.
+        dy: the cotangent of y.
+        x: as it was given to the forward.
+        y: what the forward made, where an activation follows a residual.
+        moments: what the forward made.
+        tensors: those of the program, without the residual.
+    """
+    made = runtime.backward(text, dy, x, y, moments, tensors)
+    if made is not None:
+        return made
+    kernel, dense = _found(text, x, [*tensors, *([x] if parse(text).residual else [])])
+    moments = _ordered(kernel, moments, back=True)
+    y = None if y is None else like(y, dense)
+    dx, made, dresidual = run_backward(kernel, dy, dense, y, moments, tensors)
+    assert dx is not None
+    large = [dx] if dresidual is None else [dx, dresidual]
+    dx, *rest = (like(each, torch.empty_like(x)) for each in large)
+    return [dx, *(each.contiguous() for each in made), *rest]
+
+
+def _found(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Kernel, Tensor]:
+    """The kernel for these tensors, and x in the layout that it takes."""
+    kernel = kernel_of(text, x, tensors)
+    if kernel is None:  # a compiler gave it another layout than the one that was asked about
+        x = x.contiguous()
+        kernel = kernel_of(text, x, tensors)
+    if kernel is None:
+        shapes = [tuple(each.shape) for each in (x, *tensors)]
+        raise ValueError(
+            f"no kernel of {text!r} takes {x.dtype} tensors of the shapes {shapes}: call "
+            "bnrewrite.kernels.norm, which runs torch's operations then"
+        )
+    runtime.add(text, kernel, (x, *tensors))
+    return kernel, x.clone(memory_format=torch.preserve_format) if kernel.copies else x
+
+
+@norm_forward.register_fake
+def _(text: str, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    program = parse(text)
+    saved = len(Source(text, Layout((), 0), ()).moments()) * (2 if program.means else 1)
+    single = dtype_of_moments(program, x.dtype, [t.dtype for t in tensors])
+    kept = program.kept_sizes(x.shape)
+    moments = x.new_empty((saved, math.prod(kept)), dtype=single)
+    updates = (moments.new_empty(kept) for _ in program.updates)
+    return [torch.empty_like(x, dtype=program.dtype or x.dtype), moments, *updates]
+
+
+@norm_backward.register_fake
+def _(
+    text: str,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    moments: Tensor,
+    tensors: Sequence[Tensor],
+) -> list[Tensor]:
+    program = parse(text)
+    free = [t for i, t in enumerate(tensors) if i not in program.fixed]
+    made = [t.new_empty(t.shape) for t in free]
+    return [torch.empty_like(x), *made, *([torch.empty_like(x)] if program.residual else [])]
+
+
+def _ordered(kernel: Kernel, moments: Tensor, *, back: bool = False) -> Tensor:
+    """Moments in the order of the program's axes, from that in memory, or back: x may move."""
+    sizes, places = kernel.kept
+    if places == sorted(places):
+        return moments
+    if back:
+        sizes, places = [sizes[i] for i in places], [places.index(i) for i in range(len(places))]
+    split = moments.view(-1, *sizes).permute(0, *(1 + i for i in places))
+    return split.reshape(moments.shape).contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[str, Tensor, list[Tensor]], output: list[Tensor]) -> None:
+    """Keep x, the moments, and what the backward reads of the tensors."""
+    text, x, given = inputs
+    save(ctx, text, x, given, output[0], output[1])
+
+
+def _differentiate(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+    """The gradients of x, of the tensors, and of the residual."""
+    dy = cotangents[0]
+    needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
+    if dy is None:
+        return None, None, [None] * (len(needed) - 1)
+    dx, *made = differentiate(ctx, needed, dy, norm_backward)
+    return None, dx, made
+
+
+norm_forward.register_autograd(_differentiate, setup_context=_save)

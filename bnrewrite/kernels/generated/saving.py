@@ -1,0 +1,69 @@
+"""What is kept of a program for its backward, and its gradients from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .printing import Source
+from .program import parse
+from .record import PLAIN, copied, of_reference
+
+Backward = Callable[[str, Tensor, Tensor, Tensor | None, Tensor, list[Tensor]], list[Tensor]]
+
+
+@cache
+def _read(text: str) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """The tensors that a backward reads; on whose values a gradient depends; that it copies."""
+    source = Source(text, Layout((), 0), ())  # neither depends on loops or dtypes
+    firm = source.firm()
+    return frozenset(source.used()), frozenset(firm), frozenset(source.copied(firm))
+
+
+def save(
+    ctx: Any, text: str, x: Tensor, given: Sequence[Tensor], y: Tensor, moments: Tensor
+) -> None:
+    """Keep x, the moments, and what a backward reads of the tensors."""
+    used, firm, copies = _read(text)
+    program, kept = parse(text), []
+    for i in range(len(program.tensors)):
+        if i in copies:  # it may change before the backward; a copy does not
+            kept.append(copied(given[i]) if type(given[i]) in PLAIN else given[i].clone())
+        elif i in used:  # where no gradient depends on its value, it may have changed since
+            kept.append(given[i] if i in firm else _unwatched(given[i]))
+        else:  # of updates alone: nothing but its shape is asked for
+            kept.append(torch.empty_like(given[i]))
+    ctx.save_for_backward(x, moments, *kept, *([y] if program.residual else []))
+    ctx.text = text
+
+
+def _unwatched(tensor: Tensor) -> Tensor:
+    """A tensor that may be changed in place after it was saved; a tracer has a name for it."""
+    return tensor.data if type(tensor) in PLAIN else tensor.detach()
+
+
+def differentiate(
+    ctx: Any, needed: Sequence[bool], dy: Tensor, kernels: Backward
+) -> list[Tensor | None]:
+    """The gradients of x, of the tensors, and of the residual: twice differentiable where asked.
+
+    Args:
+        ctx: what was saved.
+        needed: which of them are.
+        dy: the cotangent of y.
+        kernels: of the backward.
+    """
+    x, moments, *given = ctx.saved_tensors
+    program = parse(ctx.text)
+    y = given[-1] if program.residual else None
+    if torch.is_grad_enabled():
+        return of_reference(ctx.text, [x, *given], needed, dy)
+    dx, *made = kernels(ctx.text, dy, x, y, moments, given[: len(program.tensors)])
+    rest = iter(made)
+    placed = [None if i in program.fixed else next(rest) for i in range(len(program.tensors))]
+    return [dx, *placed, *rest]
