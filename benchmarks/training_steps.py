@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -187,7 +188,9 @@ def measure(model: Model, layout: str, rounds: int, clock: Clock, *, compiled: b
     hand, native = (model.make(norm) for norm in (model.hand, model.native))
     for own, given in zip(native.parameters(), hand.parameters(), strict=True):
         own.data.copy_(given.data.reshape(own.shape))
-    hand, native = hand.to(memory_format=dense), native.to(memory_format=dense)
+    for each in (hand, native):
+        lay_out: Any = each.to  # whose types know no layout
+        lay_out(memory_format=dense)
     torch.compiler.reset()
     peers: dict[str, nn.Module] = {
         HAND: hand,
