@@ -20,6 +20,7 @@ EXPONENTS = {
     ("cuda", "eager"): (9, 12, 15, 18, 21, 24, 27),
 }
 GROUPS = 4
+FEATURES = 3  # exponent of those of short rows
 
 
 class DeviationRows(hand_written.LayerNorm):
@@ -67,6 +68,8 @@ class Kind:
         """A usual shape of 2^exponent elements."""
         if not self.image:
             features = min(exponent // 3 + 3, exponent - 2)
+            if self.layout == "short rows":
+                features = FEATURES
             return 2 ** (exponent - features), 2**features
         side, channels = exponent // 3 - 1, exponent // 6 + 2
         return 2 ** (exponent - 2 * side - channels), 2**channels, 2**side, 2**side
@@ -86,6 +89,10 @@ KINDS = (
     Kind("group_norm", "columns", hand_written.InstanceNorm, channels_last=True),
     Kind("lp_normalize", "rows", lambda channels: hand_written.L2Normalize(-1), image=False),
     Kind("lp_normalize", "columns", lambda channels: hand_written.L2Normalize(1)),
+    Kind("layer_norm", "short rows", hand_written.LayerNorm, image=False),
+    Kind("rms_norm", "short rows", hand_written.RMSNorm, image=False),
+    Kind("lp_normalize", "short rows", lambda _: hand_written.L2Normalize(-1), image=False),
+    Kind("general", "short rows", DeviationRows, image=False),
     Kind("general", "rows", DeviationRows, image=False),
     Kind("general", "columns", DeviationChannels, channels_last=True),
     Kind("general", "apart", DeviationChannels),

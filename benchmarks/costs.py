@@ -3,7 +3,8 @@
     python -m benchmarks.costs                   the table of CPUs, on one thread, in some minutes
     python -m benchmarks.costs --stage inductor  that of CPUs where Inductor runs the graph
     python -m benchmarks.costs --device cuda     that of GPUs
-    python -m benchmarks.costs --only "layer_norm, rows"     some cells; nothing is written
+    python -m benchmarks.costs --only "layer_norm, rows"            some cells; nothing is written
+    python -m benchmarks.costs --only "layer_norm, rows" --update   they replace those of the table
 
 Writes ``passes/costs_<device>.json``, which is a part of the package, and its table for people,
 ``benchmarks/results/costs_<device>.md``; with ``--stage inductor``, ``costs_<device>_inductor``. A
@@ -38,7 +39,7 @@ from bnrewrite.capture.backend import Compiler
 from bnrewrite.capture.look import Look
 from bnrewrite.kernels import why_no_kernels, why_no_triton
 from bnrewrite.options import Options
-from bnrewrite.passes.cost_table import LOWERINGS, ORDER, Table, fastest, name_of_file
+from bnrewrite.passes.cost_table import LOWERINGS, ORDER, Table, fastest, name_of_file, read_table
 
 PACKAGE = Path(__file__).parents[1] / "passes"
 
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="the costs of lowerings")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--stage", choices=sorted(ORDER), default="eager")
-    parser.add_argument("--only", help="cells whose text contains this; nothing is written")
+    parser.add_argument("--only", help="cells whose text contains this")
+    parser.add_argument("--update", action="store_true", help="write these into the table")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -86,11 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     about = where | {"clock": clock, "rounds": options.rounds, "date": today}
     table = tabulated(found)
+    path = options.table / name_of_file(device, stage)
+    if options.update:
+        before = read_table(path.read_text(encoding="utf-8"))
+        if before.sizes != table.sizes:
+            parser.error(f"{path.name} has cells of {before.sizes} elements, not {table.sizes}")
+        table = Table(table.sizes, {**before.microseconds, **table.microseconds})
     text = people(table, about, stage)
     console.print(text, markup=False)
-    if options.only is None:
+    if options.only is None or options.update:
         options.output.mkdir(parents=True, exist_ok=True)
-        path = options.table / name_of_file(device, stage)
         path.write_text(as_json(table, about), encoding="utf-8")
         (options.output / path.name).with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(f"{len(found)} cells in {time.monotonic() - start:.0f} s")

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from bnrewrite.algebra import Match, Reading
+from bnrewrite.algebra.axes import product
 
 from .nodes import current
 
@@ -36,6 +37,7 @@ MODES = {True: "training", False: "evaluation"}
 FAMILIES = {"instance_norm": "group_norm", "weight_standardization": "layer_norm"}
 GENERAL = "general"  # the family whose times stand for those of families that were not measured
 SINGLE = "float32"  # likewise, of dtypes
+SHORT = 16  # elements of a row: what is done for a group counts more than what for each of them
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Work:
 
     Attributes:
         family: its kind, or the one whose operator it takes.
-        layout: "rows" where the reduced elements lie together, "columns" where a kept axis is the
-            densest, "apart" where kept axes lie between reduced ones, and a reduced one is densest.
+        layout: "rows" where the reduced elements lie together, "short rows" where these are fewer
+            than a vector has, "columns" where a kept axis is the densest, "apart" where kept axes
+            lie between reduced ones, and a reduced one is densest.
         dtype: of the normalised tensor, as "float32".
         training: a gradient is wanted.
         elements: of the normalised tensor; None where not even an example is known.
@@ -170,7 +173,10 @@ def _layout(found: Match, value: torch.Tensor) -> str:
                 roles.append(axis in found.over)
     if not roles or not roles[-1]:
         return "columns"
-    return "rows" if roles.count(True) == 1 else "apart"
+    if roles.count(True) > 1:
+        return "apart"
+    length = product(axis.size for axis in found.over)
+    return "short rows" if isinstance(length, int) and length < SHORT else "rows"
 
 
 def _example(size: int | torch.SymInt) -> int | None:

@@ -76,6 +76,15 @@ def test_sizes(kind: str, shape: tuple[int, ...], threads: int) -> None:
     assert compare(draw(PROGRAMS[kind], shape), norm_with_updates, torch.float32) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("channels", [20, 40])
+@pytest.mark.parametrize("kind", ["batch relu", "group", "kept apart", "residual", "response"])
+def test_columns_that_do_not_fill_vectors(kind: str, channels: int, dtype: torch.dtype) -> None:
+    """The vector that reaches back adds to no sum what another has added."""
+    problem = draw((PROGRAMS | ACROSS)[kind], (2, channels, 3, 11), "second axis inside")
+    assert compare(problem, norm_with_updates, dtype) == []
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "second axis inside"])
 @pytest.mark.parametrize("kind", ["residual", "group", "response"])
 @pytest.mark.parametrize("threads", [2], indirect=True)

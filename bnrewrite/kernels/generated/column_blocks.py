@@ -10,6 +10,7 @@ from .printing import Source, Unprintable, of_elements
 
 CACHE = 65536  # elements of a task that a core's cache holds between two passes
 WIDE = 4096  # columns of a task where it does not: a thread then reads one stream
+LEAST = 64  # columns of a task that are read at once, if there are so many
 
 
 class Columns:
@@ -55,13 +56,12 @@ class Columns:
         rows = " * ".join(f"n{i}" for i in layout.reduced if i not in self.loops) or "1"
         columns = " * ".join(f"n{i}" for i in self.loops)
         within = f"n{self.loops[-1]}" if self.several else "1"
-        step = "(within * W)" if self.several else "W"  # whole groups
-        least = "within" if self.several else "int64_t(64)"
-        wide = f"rows > {CACHE} / 64 ? {WIDE} : {CACHE} / rows"
-        wide = f"std::min(columns, std::max({least}, ({wide}) / {step} * {step}))"
+        wide = f"rows > {CACHE} / {LEAST} ? {WIDE} : {CACHE} / rows"
+        wide = f"std::min(columns, std::max(({LEAST} + step - 1) / step, ({wide}) / step) * step)"
         return [
             f"  const int64_t outside = {outside}, rows = {rows}, columns = {columns};",
             f"  const int64_t within = {within}, groups = outside * (columns / within);",
+            "  const int64_t step = filled_by(within);",
             f"  const int64_t wide = {wide}, blocks = (columns + wide - 1) / wide;",
             "  const int64_t tasks = outside * blocks;",
             "  const int64_t parts = tasks >= threads ? 1 : std::min(rows, (threads + tasks -"
@@ -112,9 +112,8 @@ class Columns:
             "  const int64_t ahead = is_late ? 0 : (places[1] - places[0]) * TALL * AHEAD;",
             "  (void)ahead;",
             "  auto sweep = [&](auto count) {",
-            "    each(0, width, [&](auto tag, int64_t q) {",
-            "      using V = decltype(tag);",
-            "      constexpr Whole<0> part{}; (void)part;",
+            "    each(width, [&](auto tag, int64_t q, auto part) {",
+            "      using V = decltype(tag); (void)part;",
             *indented(list(head), 6),
             "      for (int64_t k = 0; k < count; ++k) {",
             "        const int64_t at = places[k] + q;",
@@ -215,3 +214,8 @@ class Columns:
             *indented(body, 6),
             "    }",
         ]
+
+
+def added(name: str, value: str) -> str:
+    """Add what is new of a value to the sums of the columns at ``q``."""
+    return f"store_fresh({name} + q, V(load<V>({name} + q) + {value}), part, false);"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sympy
 
-from .column_blocks import Columns
+from .column_blocks import Columns, added
 from .pieces import (
     Sums,
     decode,
@@ -35,7 +35,10 @@ def backward(source: Source) -> list[str]:
         *element.fetched("x", "dy"),
         *element.backward(),
         *[f"{name}_here += {term};" for name, term in sums.terms()],
-        *[f"add(row{i}[k], row{i}_rest[k], V({inside(source, i, names)}));" for i in of_row],
+        *[
+            f"add(row{i}[k], row{i}_rest[k], fresh(V({inside(source, i, names)}), part));"
+            for i in of_row
+        ],
         *element.residual_gradient(),
     ]
     by_row = [
@@ -88,7 +91,7 @@ def collecting(
     by_row: list[str],
 ) -> list[str]:
     """The function that adds up the sums of the columns of a task."""
-    kept = [f"store({name} + q, V(load<V>({name} + q) + {name}_here));" for name in lanes]
+    kept = [added(name, f"{name}_here") for name in lanes]
     if by_row:  # before it is too much for single precision
         kept += ["if (q % BLOCK == BLOCK - W) {", *indented(by_row, 2), "}"]
     return [

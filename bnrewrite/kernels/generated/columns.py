@@ -6,7 +6,7 @@ than threads. Where a group is made of several columns, their moments and sums a
 
 from __future__ import annotations
 
-from .column_blocks import Columns
+from .column_blocks import Columns, added
 from .column_gradients import backward
 from .pieces import indented, moments, updates
 from .printing import Source
@@ -123,7 +123,7 @@ def measured(columns: Columns, zero: bool) -> list[str]:
                     "if (is_first) store(pivot + q, first);",
                     "V sum{};",
                 ],
-                tail=["store(sums + q, V(load<V>(sums + q) + sum));"],
+                tail=[added("sums", "sum")],
                 after=["is_first = false;"],
             ),
             4,
@@ -148,10 +148,10 @@ def measured(columns: Columns, zero: bool) -> list[str]:
         ]
     adds = ["square += d * d;"] if zero else ["sum += d;", "square += d * d;"]
     head = ["V square{};"]
-    tail = ["store(squares + q, V(load<V>(squares + q) + square));"]
+    tail = [added("squares", "square")]
     if not zero:
         head += ["const V middle = load<V>(pivot + q);", "V sum{};"]
-        tail += ["store(sums + q, V(load<V>(sums + q) + sum));"]
+        tail += [added("sums", "sum")]
     value = "load<V>(x + at)" + ("" if zero else " - middle")
     return [
         "  auto measure = [&](int64_t task, int64_t begin, int64_t end, double *means, double"

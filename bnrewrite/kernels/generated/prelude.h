@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 #include <omp.h>
@@ -22,6 +23,12 @@ constexpr int64_t MOST = 256;   // the same, where it takes long to merge them
 constexpr int64_t TALL = 8;     // rows that are read at once
 constexpr int64_t AHEAD = 4;    // steps of such rows between what is read and what is asked for
 constexpr int64_t FAR = 2048;   // numbers of a row between the two
+
+// The fewest columns that are whole groups and fill vectors; if these are many, whole groups.
+inline int64_t filled_by(int64_t group) {
+  const int64_t filled = std::lcm(group, W);
+  return filled > 16 * W ? group : filled;
+}
 
 typedef acc vec __attribute__((vector_size(W * sizeof(acc))));
 typedef uint16_t half_bits __attribute__((vector_size(32)));
@@ -199,15 +206,7 @@ struct Settled {
   }
 };
 
-// The numbers from `begin` to `end`, a vector at a time and then one by one.
-template <class Body>
-inline void each(int64_t begin, int64_t end, Body body) {
-  int64_t j = begin;
-  for (; j + W <= end; j += W) body(vec{}, j);
-  for (; j < end; ++j) body(acc{}, j);
-}
-
-// A vector may reach back at the end: only its last lanes are new.
+// A vector may reach back from the end: only its last lanes are new.
 typedef std::conditional_t<std::is_same_v<acc, double>, int64_t, int32_t> lane;
 typedef lane lane_numbers __attribute__((vector_size(W * sizeof(lane))));
 
@@ -222,13 +221,17 @@ inline Last last(int64_t count) {
   return {order >= lane(W - count)};
 }
 
-// The same as `each` from 0, whose last vector reaches back.
+// The numbers up to `end`, a vector at a time, or one by one where there are fewer than one has.
+// The vector that reaches back comes first: none then reads what another has just written in part.
 template <class Body>
-inline void each_again(int64_t end, Body body) {
-  int64_t j = 0;
-  for (; j + W <= end; j += W) body(vec{}, j, Whole<0>{});
-  if (j < end && end >= W) body(vec{}, end - W, last(end - j)), j = end;
-  for (; j < end; ++j) body(acc{}, j, Whole<0>{});
+inline void each(int64_t end, Body body) {
+  const int64_t whole = end / W * W;
+  if (whole > 0) {
+    if (whole < end) body(vec{}, end - W, last(end - whole));
+    for (int64_t j = 0; j < whole; j += W) body(vec{}, j, Whole<0>{});
+  } else {
+    for (int64_t j = 0; j < end; ++j) body(acc{}, j, Whole<0>{});
+  }
 }
 
 // The same for sums: SLOTS of them grow side by side, as one alone would wait for each addition.
@@ -259,7 +262,16 @@ inline vec fresh(vec value, Last last) { return last.is_new ? value : vec{}; }
 template <class T, class V, int slot>
 inline void store_fresh(T *p, V value, Whole<slot>, bool past) { store(p, value, past); }
 template <class T>
-inline void store_fresh(T *p, vec value, Last last, bool) { store(p, vec(last.is_new ? value : load<vec>(p))); }
+inline void store_fresh(T *p, vec value, Last last, bool) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<acc, float>) {
+    const auto lanes = (__m512i)last.is_new;
+    _mm512_mask_storeu_ps(p, _mm512_test_epi32_mask(lanes, lanes), (__m512)value);
+    return;
+  }
+#endif
+  store(p, vec(last.is_new ? value : load<vec>(p)));
+}
 
 // Adds a number or vector to a sum; single numbers may be many, where rows are short.
 template <class V, int slot>

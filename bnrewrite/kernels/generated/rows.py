@@ -116,7 +116,7 @@ class Rows:
             [
                 *self.lead(),
                 *self.row_tensors(),
-                "each_again(length, [&](auto tag, int64_t j, auto part) {",
+                "each(length, [&](auto tag, int64_t j, auto part) {",
                 "  using V = decltype(tag);",
                 *indented([*self.element_tensors(), *body], 2),
                 "});",
