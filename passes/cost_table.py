@@ -37,7 +37,7 @@ MODES = {True: "training", False: "evaluation"}
 FAMILIES = {"instance_norm": "group_norm", "weight_standardization": "layer_norm"}
 GENERAL = "general"  # the family whose times stand for those of families that were not measured
 SINGLE = "float32"  # likewise, of dtypes
-SHORT = 16  # elements of a row: what is done for a group counts more than what for each of them
+SHORT = 64  # elements of a row: what is done for a group counts more than what for each of them
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Work:
 
     Attributes:
         family: its kind, or the one whose operator it takes.
-        layout: "rows" where the reduced elements lie together, "short rows" where these are fewer
-            than a vector has, "columns" where a kept axis is the densest, "apart" where kept axes
+        layout: "rows" where the reduced elements lie together, "short rows" where these are few,
+            "columns" where a kept axis is the densest, "apart" where kept axes
             lie between reduced ones, and a reduced one is densest.
         dtype: of the normalised tensor, as "float32".
         training: a gradient is wanted.

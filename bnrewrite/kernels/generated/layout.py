@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from .program import Program
 
 SHORT = 64  # elements of a dense row; shorter ones are read as columns where rows lie outside
+SHARE = 3  # of a row's elements that so many rows have to be: each column has moments to merge
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _columns(loops: list[Loop], lengths: list[int]) -> int:
     if not loops[last].reduced:
         return last - reduced[-1]
     if lengths[last] >= SHORT or len(reduced) < 2 or reduced[-2] == last - 1:
+        return 0
+    if math.prod(lengths[i] for i in reduced[:-1]) * SHARE <= lengths[last]:
         return 0
     along_rows = {number for i in reduced[:-1] for number in loops[i].tensors}
     along_columns = {number for loop in loops[reduced[-2] + 1 :] for number in loop.tensors}
