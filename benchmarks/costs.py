@@ -90,10 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = tabulated(found)
     path = options.table / name_of_file(device, stage)
     if options.update:
-        before = read_table(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        before = read_table(text)
         if before.sizes != table.sizes:
             parser.error(f"{path.name} has cells of {before.sizes} elements, not {table.sizes}")
         table = Table(table.sizes, {**before.microseconds, **table.microseconds})
+        about = json.loads(text)["measured"] | {"updated": f"{options.only}, {today}"}
     text = people(table, about, stage)
     console.print(text, markup=False)
     if options.only is None or options.update:
@@ -217,8 +219,9 @@ def people(table: Table, about: Mapping[str, Any], stage: str) -> str:
                 )
             )
         rows.append([key, *cells])
+    again = f"; again: {about['updated']}" if "updated" in about else ""
     return (
-        f"Measured with `{about['command']}` on {origin(about)}, {about['date']}. "
+        f"Measured with `{about['command']}` on {origin(about)}, {about['date']}{again}. "
         f"Microseconds of a norm by the number of its elements: {' / '.join(ORDER[stage])}. "
         "In bold what is taken, if it may be.\n\n"
         + markdown(["norm, layout, dtype, mode", *(f"{size:,}" for size in table.sizes)], rows)

@@ -267,6 +267,15 @@ def test_the_table_is_filled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         assert min(times.values()) > 0
     text = (tmp_path / "results" / "costs_cpu.md").read_text(encoding="utf-8")
     assert text.count("**") == 2 * len(few)
+    path, before = tmp_path / "costs_cpu.json", table
+    few[:] = few[:1]
+    assert benchmark.main([*arguments, "--only", "layer_norm", "--update"]) == 0
+    table = read_table(path.read_text(encoding="utf-8"))
+    changed = {
+        key for key, times in table.microseconds.items() if times != before.microseconds[key]
+    }
+    assert (table.microseconds.keys(), changed) == (before.microseconds.keys(), {few[0].work.key})
+    assert '"updated": "layer_norm, 2' in path.read_text(encoding="utf-8")
 
 
 def test_a_lowering_of_some_sizes_is_no_table() -> None:

