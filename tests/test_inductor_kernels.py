@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract import contract_violations
 from hand_written import BatchNorm
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from benchmarks import hand_written
 from bnrewrite import explain, optimize
@@ -72,6 +72,21 @@ class Rows(nn.Module):
 def test_norms_of_sums(dtype: torch.dtype) -> None:
     batches: list[Any] = [tuple(torch.randn(2, 5, 16, dtype=dtype) for _ in "xy") for _ in range(3)]
     assert contract_violations(Rows().to(dtype), through_inductor, batches) == []
+
+
+def test_no_placeholder_stands_for_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Inductor's C++ wrapper its ``val`` does, of which no input takes a gradient."""
+    from torch._inductor import compile_fx
+
+    seen: list[Any] = []
+
+    def note(graph: fx.GraphModule, inputs: Any, **given: Any) -> Any:
+        seen.extend(node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
+        return graph.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", note)
+    through_inductor(hand_written.LayerNorm(16))(torch.randn(2, 16, requires_grad=True))
+    assert seen == [None] * 3
 
 
 def test_no_backward_keeps_more_than_x_and_moments() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import ACROSS, LAYOUTS, PROGRAMS, compare, draw
+from programs import ACROSS, AFFINE, LAYOUTS, PROGRAMS, compare, draw
 from torch import Tensor
 
 from bnrewrite.kernels.generated import call, operators, runtime
@@ -64,7 +64,7 @@ def test_x_may_be_moved_before_the_backward(kind: str, way: str) -> None:
     moved = LAYOUTS["second axis inside"](x)
     torch.testing.assert_close(forward(text, moved, tensors)[1], moments)
     for other in (LAYOUTS["last axis outside"](x), moved):
-        found = _gradients(text, dy, other, y, moments, own)
+        found = _gradients(text, dy, other, y, LAYOUTS["with holes"](moments), own)
         torch.testing.assert_close(found, wanted)
         assert found[0].stride() == torch.empty_like(other).stride()
 
@@ -119,3 +119,19 @@ def test_second_derivatives() -> None:
     given = [t.requires_grad_() for t in (problem.x + noise, *problem.tensors)]
     check = torch.autograd.gradgradcheck
     assert check(lambda *values: by_operator(text, *values)[0], given, fast_mode=True)
+
+
+@pytest.mark.parametrize("follows", ["", "; relu; residual"])
+@pytest.mark.parametrize("fixed", ["", " fixed"])
+def test_a_bias_may_change_before_the_backward(fixed: str, follows: str) -> None:
+    """No gradient depends on its value: a compiler saves nothing of it that may not change."""
+    text = f"x[a b] over b; t0[b]; t1[b]{fixed}; centre = M; {AFFINE}{follows}"
+    weight, bias = (torch.randn(5, requires_grad=takes) for takes in (True, not fixed))
+    x, residual, dy = (torch.randn(4, 5, requires_grad=takes) for takes in (True, False, False))
+    given = [weight, bias, *([residual] if follows else [])]
+    compiled = torch.compile(by_operator, backend="aot_eager")
+    wanted, y = (run(text, x, *given)[0] for run in (by_operator, compiled))
+    wanted = torch.autograd.grad(wanted, [x, weight], dy)
+    with torch.no_grad():
+        bias.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(y, [x, weight], dy), wanted)

@@ -49,6 +49,8 @@ def run_by(
     if backend == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
+        for node in module.graph.find_nodes(op="placeholder"):
+            node.meta.pop("val", None)  # Inductor's C++ wrapper takes it for an exported graph's
         patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else None
         compile_graph: Any = partial(compile_fx, config_patches=patches)
     else:

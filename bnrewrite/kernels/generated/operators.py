@@ -122,10 +122,10 @@ def _ordered(kernel: Kernel, moments: Tensor, *, back: bool = False) -> Tensor:
     """Moments in the order of the program's axes, from that in memory, or back: x may move."""
     sizes, places = kernel.kept
     if places == sorted(places):
-        return moments
+        return moments.contiguous()
     if back:
         sizes, places = [sizes[i] for i in places], [places.index(i) for i in range(len(places))]
-    split = moments.view(-1, *sizes).permute(0, *(1 + i for i in places))
+    split = moments.reshape(-1, *sizes).permute(0, *(1 + i for i in places))
     return split.reshape(moments.shape).contiguous()
 
 

@@ -288,14 +288,14 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
 // Moments in the order of the program's axes from that in memory, or back: x may be moved in between.
 Tensor ordered(const Kernel &kernel, const Tensor &moments, bool back) {
   const Numbers &places = kernel.kept.places;
-  if (std::is_sorted(places.begin(), places.end())) return moments;
+  if (std::is_sorted(places.begin(), places.end())) return moments.contiguous();
   Numbers sizes{-1}, order{0};
   for (size_t i = 0; i < places.size(); ++i) {
     const auto inverse = std::find(places.begin(), places.end(), int64_t(i)) - places.begin();
     sizes.push_back(kernel.kept.sizes[back ? places[i] : i]);
     order.push_back(1 + (back ? inverse : places[i]));
   }
-  return moments.view(sizes).permute(order).reshape(moments.sizes()).contiguous();
+  return moments.reshape(sizes).permute(order).reshape(moments.sizes()).contiguous();
 }
 
 // The tensors of an operator's call, x first; its kernel, none where nobody may call it on their memory.

@@ -31,20 +31,17 @@ def save(
     """Keep x, the moments, and what a backward reads of the tensors."""
     used, firm, copies = _read(text)
     program, kept = parse(text), []
+    masks = bool(program.activation) and not program.residual
     for i in range(len(program.tensors)):
-        if i in copies:  # it may change before the backward; a copy does not
-            kept.append(copied(given[i]) if type(given[i]) in PLAIN else given[i].clone())
-        elif i in used:  # where no gradient depends on its value, it may have changed since
-            kept.append(given[i] if i in firm else _unwatched(given[i]))
-        else:  # of updates alone: nothing but its shape is asked for
-            kept.append(torch.empty_like(given[i]))
+        traced = type(given[i]) not in PLAIN
+        if i not in used or (traced and i not in firm and not masks):
+            kept.append(torch.empty_like(given[i]))  # nothing but its shape is asked for
+        elif i in copies:  # it may change before the backward; a copy does not
+            kept.append(given[i].clone() if traced else copied(given[i]))
+        else:  # where no gradient depends on its value, it may have changed since
+            kept.append(given[i] if i in firm else given[i].data)
     ctx.save_for_backward(x, moments, *kept, *([y] if program.residual else []))
     ctx.text = text
-
-
-def _unwatched(tensor: Tensor) -> Tensor:
-    """A tensor that may be changed in place after it was saved; a tracer has a name for it."""
-    return tensor.data if type(tensor) in PLAIN else tensor.detach()
 
 
 def differentiate(
