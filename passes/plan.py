@@ -120,6 +120,9 @@ def _wants_kernel(rewriting: Rewriting, found: Match) -> bool:
         return True
     assert rewriting.reading is not None
     native, stage = has_native(rewriting.reading, found), options.stage
+    sizes = shape_of(found.linear.source)
+    if stage == "inductor" and not all(isinstance(size, int) for size in sizes):
+        return False  # it may save a tensor with a stride of one batch, and then meet another
     taken = choice(rewriting.reading, found, native=native, kernel=True, stage=stage)
     return taken == "generated"
 

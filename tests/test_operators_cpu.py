@@ -130,8 +130,8 @@ def test_a_bias_may_change_before_the_backward(fixed: str, follows: str) -> None
     x, residual, dy = (torch.randn(4, 5, requires_grad=takes) for takes in (True, False, False))
     given = [weight, bias, *([residual] if follows else [])]
     compiled = torch.compile(by_operator, backend="aot_eager")
-    wanted, y = (run(text, x, *given)[0] for run in (by_operator, compiled))
-    wanted = torch.autograd.grad(wanted, [x, weight], dy)
+    expected, y = (run(text, x, *given)[0] for run in (by_operator, compiled))
+    wanted = torch.autograd.grad(expected, [x, weight], dy)
     with torch.no_grad():
         bias.add_(1)
     torch.testing.assert_close(torch.autograd.grad(y, [x, weight], dy), wanted)
