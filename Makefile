@@ -62,7 +62,7 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.rewriter
 	$(BIN)/torchrun --nproc-per-node 2 -m benchmarks.soak
 	$(BIN)/python -m benchmarks.kernel_builds
-	$(BIN)/python -m benchmarks.training_steps
+	$(BIN)/python -m benchmarks.training_steps --keep-memory
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info examples/output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 #include <omp.h>
@@ -26,7 +25,7 @@ constexpr int64_t FAR = 2048;   // numbers of a row between the two
 
 // The fewest columns that are whole groups and fill vectors; if these are many, whole groups.
 inline int64_t filled_by(int64_t group) {
-  const int64_t filled = std::lcm(group, W);
+  const int64_t filled = group * (W / std::min(W, group & -group)); // the least multiple of both
   return filled > 16 * W ? group : filled;
 }
 
