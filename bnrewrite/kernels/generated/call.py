@@ -42,7 +42,7 @@ def norm_with_updates(text: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, .
 
 def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if type(x) is FakeTensor:
-        return _fake(text, x, tensors)
+        return without_values(text, x, tensors)
     if x.is_cuda and are_plain(x, *tensors, device="cuda"):
         made = run_on_gpu(text, x, tensors)
         if made is not None:
@@ -62,8 +62,8 @@ def _run(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (y, *updates)
 
 
-def _fake(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Results without values."""
+def without_values(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``y`` and the updates, without values."""
     program = parse(text)
     shape = program.kept_sizes(x.shape)
     single = dtype_of_moments(program, x.dtype, [t.dtype for t in tensors])

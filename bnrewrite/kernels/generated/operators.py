@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import runtime
 from .arranged import dtype_of_moments, like
-from .call import kernel_of
+from .call import kernel_of, without_values
 from .kernel import Kernel
 from .layout import Layout
 from .printing import Source
 from .program import parse
 from .record import backward as run_backward
 from .record import forward as run_forward
-from .saving import differentiate, save
+from .saving import no_kernel, register
 
 FLEXIBLE = torch.Tag.flexible_layout  # a kernel is printed for the layout in which x comes
 
@@ -83,11 +82,7 @@ def _found(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Kernel, Ten
         x = x.contiguous()
         kernel = kernel_of(text, x, tensors)
     if kernel is None:
-        shapes = [tuple(each.shape) for each in (x, *tensors)]
-        raise ValueError(
-            f"no kernel of {text!r} takes {x.dtype} tensors of the shapes {shapes}: call "
-            "bnrewrite.kernels.norm, which runs torch's operations then"
-        )
+        raise no_kernel(text, x, tensors)
     runtime.add(text, kernel, (x, *tensors))
     return kernel, x.clone(memory_format=torch.preserve_format) if kernel.copies else x
 
@@ -97,10 +92,9 @@ def _(text: str, x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     program = parse(text)
     saved = len(Source(text, Layout((), 0), ()).moments()) * (2 if program.means else 1)
     single = dtype_of_moments(program, x.dtype, [t.dtype for t in tensors])
-    kept = program.kept_sizes(x.shape)
-    moments = x.new_empty((saved, math.prod(kept)), dtype=single)
-    updates = (moments.new_empty(kept) for _ in program.updates)
-    return [torch.empty_like(x, dtype=program.dtype or x.dtype), moments, *updates]
+    moments = x.new_empty((saved, math.prod(program.kept_sizes(x.shape))), dtype=single)
+    y, *updates = without_values(text, x, tensors)
+    return [y, moments, *updates]
 
 
 @norm_backward.register_fake
@@ -129,20 +123,4 @@ def _ordered(kernel: Kernel, moments: Tensor, *, back: bool = False) -> Tensor:
     return split.reshape(moments.shape).contiguous()
 
 
-def _save(ctx: Any, inputs: tuple[str, Tensor, list[Tensor]], output: list[Tensor]) -> None:
-    """Keep x, the moments, and what the backward reads of the tensors."""
-    text, x, given = inputs
-    save(ctx, text, x, given, output[0], output[1])
-
-
-def _differentiate(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
-    """The gradients of x, of the tensors, and of the residual."""
-    dy = cotangents[0]
-    needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
-    if dy is None:
-        return None, None, [None] * (len(needed) - 1)
-    dx, *made = differentiate(ctx, needed, dy, norm_backward)
-    return None, dx, made
-
-
-norm_forward.register_autograd(_differentiate, setup_context=_save)
+register(norm_forward, norm_backward)

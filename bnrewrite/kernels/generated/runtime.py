@@ -53,9 +53,10 @@ def call(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] 
 def forward(text: str, x: Tensor, tensors: list[Tensor]) -> list[Tensor] | None:
     """What the operator makes, as ``operators.norm_forward``; None without a kernel here."""
     number = _programs.get(text)
-    made: list[Tensor] | None = None
-    if number is not None and _module is not None:
-        made = _module.forward(number, x, tensors)
+    if number is None:
+        return None
+    assert _module is not None
+    made: list[Tensor] | None = _module.forward(number, x, tensors)
     return made
 
 
@@ -64,9 +65,10 @@ def backward(
 ) -> list[Tensor] | None:
     """The gradients, as ``operators.norm_backward``; None without a kernel here."""
     number = _programs.get(text)
-    made: list[Tensor] | None = None
-    if number is not None and _module is not None:
-        made = _module.backward(number, dy, x, y, moments, tensors)
+    if number is None:
+        return None
+    assert _module is not None
+    made: list[Tensor] | None = _module.backward(number, dy, x, y, moments, tensors)
     return made
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a program for its backward, and its gradients from that."""
+"""What is kept of a program for its backward, its gradients from that, and operators of both."""
 
 from __future__ import annotations
 
@@ -64,3 +64,35 @@ def differentiate(
     rest = iter(made)
     placed = [None if i in program.fixed else next(rest) for i in range(len(program.tensors))]
     return [dx, *placed, *rest]
+
+
+def register(forward: Any, backward: Backward) -> None:
+    """Let autograd record an operator.
+
+    Args:
+        forward: of a text, x and tensors, which makes y, the moments and the updates.
+        backward: of what is kept.
+    """
+
+    def keep(ctx: Any, inputs: tuple[str, Tensor, list[Tensor]], output: list[Tensor]) -> None:
+        text, x, given = inputs
+        save(ctx, text, x, given, output[0], output[1])
+
+    def gradients(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+        dy = cotangents[0]
+        needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
+        if dy is None:
+            return None, None, [None] * (len(needed) - 1)
+        dx, *made = differentiate(ctx, needed, dy, backward)
+        return None, dx, made
+
+    forward.register_autograd(gradients, setup_context=keep)
+
+
+def no_kernel(text: str, x: Tensor, tensors: Sequence[Tensor]) -> ValueError:
+    """What an operator raises for tensors that no kernel takes."""
+    shapes = [tuple(each.shape) for each in (x, *tensors)]
+    return ValueError(
+        f"no kernel of {text!r} takes {x.dtype} tensors of the shapes {shapes}: call "
+        "bnrewrite.kernels.norm, which runs torch's operations then"
+    )

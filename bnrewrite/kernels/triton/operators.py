@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..generated.program import parse
-from ..generated.saving import differentiate, save
+from ..generated.saving import no_kernel, register
 from .launch import Launch, run_forward
 from .record import device_of, found, gradients
 
@@ -62,30 +62,10 @@ def backward(
 def _launch(text: str, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Launch]:
     dense, launch = found(text, x, tensors)
     if launch is None:
-        shapes = [tuple(each.shape) for each in (x, *tensors)]
-        raise ValueError(
-            f"no kernel of {text!r} takes {x.dtype} tensors of the shapes {shapes}: call "
-            "bnrewrite.kernels.norm, which runs torch's operations then"
-        )
+        raise no_kernel(text, x, tensors)
     return dense, launch
-
-
-def _save(ctx: Any, inputs: tuple[str, Tensor, list[Tensor]], output: list[Tensor]) -> None:
-    """Keep x, the moments, and what the backward reads of the tensors."""
-    text, x, given = inputs
-    save(ctx, text, x, given, output[0], output[1])
-
-
-def _differentiate(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
-    """The gradients of x, of the tensors, and of the residual."""
-    dy = cotangents[0]
-    needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
-    if dy is None:
-        return None, None, [None] * (len(needed) - 1)
-    dx, *made = differentiate(ctx, needed, dy, torch.ops.bnrewrite.norm_backward)
-    return None, dx, made
 
 
 norm_forward: Any = torch.library.triton_op("bnrewrite::norm_forward", forward, mutates_args=())
 norm_backward: Any = torch.library.triton_op("bnrewrite::norm_backward", backward, mutates_args=())
-norm_forward.register_autograd(_differentiate, setup_context=_save)
+register(norm_forward, torch.ops.bnrewrite.norm_backward)
