@@ -109,7 +109,7 @@ class Columns:
             *[f"    row_t{i}[k] = load<acc>(p{i} + {self.source.index(i)});" for i in numbers],
             "  }",
             "  const bool is_late = row + TALL * AHEAD >= end;  // of the task",
-            "  const int64_t ahead = is_late ? 0 : (places[1] - places[0]) * TALL * AHEAD;",
+            "  const int64_t ahead = is_late ? NEAR : (places[1] - places[0]) * TALL * AHEAD;",
             "  (void)ahead;",
             "  auto sweep = [&](auto count) {",
             "    each(width, [&](auto tag, int64_t q, auto part) {",

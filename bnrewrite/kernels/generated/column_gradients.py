@@ -32,7 +32,7 @@ def backward(source: Source) -> list[str]:
     loads = columns.loads()
     columns.arrays += ["level", "along", *(["middle"] if element.needs_mean else [])]
     collected = [
-        *element.fetched("x", "dy"),
+        *element.fetched(element.reads_back),
         *element.backward(),
         *[f"{name}_here += {term};" for name, term in sums.terms()],
         *[
@@ -47,7 +47,7 @@ def backward(source: Source) -> list[str]:
         for i in of_row
     ]
     written = [
-        *element.fetched("x", "dy"),
+        *element.fetched(element.reads_back),
         *element.backward(),
         element.input_gradient(),
     ]

@@ -31,6 +31,7 @@ def columns_source(source: Source) -> str:
 
 def _forward(source: Source) -> list[str]:
     columns = Columns(source)
+    element = columns.element
     zero = source.program.about_zero
     finished = [
         *merged(zero),
@@ -45,7 +46,7 @@ def _forward(source: Source) -> list[str]:
         *columns.of_task(
             "finish", "const double *means, const double *spreads, acc *values", finished
         ),
-        *columns.apply([*columns.element.fetched("x"), *columns.element.forward()]),
+        *columns.apply([*element.fetched(element.reads), *element.forward()]),
         *_driver(len(columns.arrays)),
         "}",
     ]
@@ -169,7 +170,7 @@ def measured(columns: Columns, zero: bool) -> list[str]:
         *indented(
             columns.sweep(
                 "stop",
-                [*columns.element.fetched("x"), f"const V d = {value};", *adds],
+                [*columns.element.fetched(["x"]), f"const V d = {value};", *adds],
                 head=head,
                 tail=tail,
             ),

@@ -39,6 +39,7 @@ def _across(columns: Columns) -> Across:
 
 def _forward(source: Source) -> list[str]:
     columns = Columns(source)
+    element = columns.element
     across = _across(columns)
     zero = source.program.about_zero
     finished = [*merged(zero), *moments(source, "mean", "spread")]
@@ -48,7 +49,7 @@ def _forward(source: Source) -> list[str]:
         *columns.fill(columns.of_group),
         *updates(source),
     ]
-    body = [*columns.element.fetched("x"), *columns.element.forward()]
+    body = [*element.fetched(element.reads), *element.forward()]
     return [
         source.signature("forward", source.forward_arguments(), ["y"]),
         *_head(columns, across),
@@ -72,12 +73,12 @@ def _backward(source: Source) -> list[str]:
     loads = columns.loads()
     columns.arrays += ["level", "along", *(["middle"] if element.needs_mean else [])]
     collected = [
-        *element.fetched("x", "dy"),
+        *element.fetched(element.reads_back),
         *element.backward(),
         *[f"{name}_here += {term};" for name, term in sums.terms()],
         *element.residual_gradient(),
     ]
-    written = [*element.fetched("x", "dy"), *element.backward(), element.input_gradient()]
+    written = [*element.fetched(element.reads_back), *element.backward(), element.input_gradient()]
     summed = [
         *[f"double {symbol} = 0;" for symbol, _ in group_sums],
         "for (int64_t q = first; q < first + within; ++q) {",

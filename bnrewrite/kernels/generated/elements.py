@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -28,6 +29,9 @@ class Element:
         about_mean = not source.program.about_zero and source.centred_at_mean
         self.distance = "u" if about_mean else "value"  # from the mean, of which V is about
         self.needs_mean = not source.program.about_zero and not about_mean
+        residual = source.program.residual
+        self.reads = ["x", *["residual"] * residual]  # in a forward
+        self.reads_back = ["x", "dy", *["y"] * residual]
 
     def forward(self) -> list[str]:
         """Read x, write y."""
@@ -73,9 +77,9 @@ class Element:
         store = f"store(dresidual + {self.at}, V(g), past_dresidual);"
         return [store] if self.source.program.residual else []
 
-    def fetched(self, *tensors: str) -> list[str]:
+    def fetched(self, tensors: Sequence[str]) -> list[str]:
         """Ask for what is read a while later."""
-        return [f"__builtin_prefetch({tensor} + {self.at} + ahead);" for tensor in tensors]
+        return [f"fetch({tensor} + {self.at} + ahead);" for tensor in tensors]
 
     def _read(self) -> list[str]:
         u = f"value - centre{self.ending}" if self.source.has_centre else "value"

@@ -21,7 +21,8 @@ constexpr int64_t ROWS = 64;    // rows of columns that are
 constexpr int64_t MOST = 256;   // the same, where it takes long to merge them
 constexpr int64_t TALL = 8;     // rows that are read at once
 constexpr int64_t AHEAD = 4;    // steps of such rows between what is read and what is asked for
-constexpr int64_t FAR = 2048;   // numbers of a row between the two
+constexpr int64_t NEAR = 128;   // numbers of a row between the two, where there are no such rows
+constexpr int64_t FAR = 2048;   // the same of rows that are no columns
 
 // The fewest columns that are whole groups and fill vectors; if these are many, whole groups.
 inline int64_t filled_by(int64_t group) {
@@ -153,10 +154,17 @@ inline double total(vec lanes, finer rest) {
   return double(((last[0] + last[1]) + (last[2] + last[3])) + rest);
 }
 
+// Asks for what is read a while later, for the second cache: the first one is small, and gives up
+// what it was asked for before it is read.
+template <class T>
+inline void fetch(const T *p) { __builtin_prefetch(p, 0, 2); }
+template <class T>
+inline void fetch_to_write(const T *p) { __builtin_prefetch(p, 1, 2); }
+
 // Asks for large pages for a result that is written next. What is larger than this, the C library
 // may have given back to the system, and to be given it anew in pages of 4 KiB takes longer than to
 // write the numbers.
-constexpr uintptr_t MANY = uintptr_t(8) << 20;
+constexpr uintptr_t MANY = uintptr_t(2) << 20;
 
 template <class T>
 inline void in_large_pages(T *result, int64_t size) {
@@ -170,7 +178,7 @@ inline void in_large_pages(T *result, int64_t size) {
 
 // Results that are larger than this are written past the caches, which else would read each line
 // before it is overwritten. Lines are written whole: rows of `dense` numbers have to begin with one.
-constexpr int64_t PAST = int64_t(16) << 20; // bytes
+constexpr int64_t PAST = int64_t(8) << 20; // bytes
 
 template <class T>
 inline bool goes_past(const T *result, int64_t size, int64_t dense) {

@@ -110,18 +110,22 @@ class Rows:
         """The tensors of an element."""
         return [f"const V t{i} = load<V>(p{i} + at{i} + j);" for i in self.of_element]
 
-    def sweep(self, body: list[str]) -> list[str]:
-        """A loop over the elements of a group."""
+    def sweep(self, body: list[str], result: str) -> list[str]:
+        """A loop over the elements of a group, of which those of a result are made."""
         return self.each_row(
             [
                 *self.lead(),
                 *self.row_tensors(),
                 "each(length, [&](auto tag, int64_t j, auto part) {",
                 "  using V = decltype(tag);",
-                *indented([*self.element_tensors(), *body], 2),
+                *indented([*self.claimed(result), *self.element_tensors(), *body], 2),
                 "});",
             ]
         )
+
+    def claimed(self, result: str) -> list[str]:
+        """Ask for where a result is written a while later."""
+        return [f"if (lead > 0 && !past_{result}) fetch_to_write({result} + at + j + ahead);"]
 
     def sweep_summed(
         self,
@@ -159,6 +163,7 @@ class Rows:
 
 def _forward(rows: Rows) -> list[str]:
     source = rows.source
+    residual = rows.element.fetched(rows.element.reads[1:])  # x is in the cache
     return [
         source.signature("forward", source.forward_arguments(), ["y"]),
         *rows.head(),
@@ -173,7 +178,7 @@ def _forward(rows: Rows) -> list[str]:
                 *source.coefficients(),
                 *[f"const acc {name} = acc({name}_);" for name in source.names()],
                 *updates(source),
-                *rows.sweep(rows.element.forward()),
+                *rows.sweep([*residual, *rows.element.forward()], "y"),
             ],
             4,
         ),
@@ -206,7 +211,7 @@ def measured(rows: Rows) -> list[str]:
         first = ["const acc pivot = 0;"]
         flush = ["spread += total(squares, rest2); clear(squares, rest2);"]
     body = [
-        *rows.element.fetched("x"),
+        *rows.element.fetched(["x"]),
         "const V d = load<V>(x + at + j) - pivot;",
         *([] if zero else ["add(lanes, rest, d, part);"]),
         "add(squares, rest2, V(d * d), part);",
@@ -242,10 +247,11 @@ def _backward(rows: Rows) -> list[str]:
     flush += [f"k{i}[group * outer + row] += {text};" for i, text in by_row.items()]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
-        *(element.fetched("x", "dy") if rows.reduced or source.program.activation else []),
+        *(element.fetched(element.reads_back) if rows.reduced or source.program.activation else []),
         *rows.element_tensors(),
         *element.backward(),
         *adds,
+        *(rows.claimed("dresidual") if source.program.residual else []),
         *element.residual_gradient(),
     ]
     group = [
@@ -268,7 +274,7 @@ def _backward(rows: Rows) -> list[str]:
         "if (dx != nullptr) {",
         "  const acc along = acc(2 * dV / N), level = acc(dM / N);",
         *(["  const acc middle = acc(M);"] if element.needs_mean else []),
-        *indented(rows.sweep([*element.backward(), element.input_gradient()]), 2),
+        *indented(rows.sweep([*element.backward(), element.input_gradient()], "dx"), 2),
         "}",
     ]
     return [

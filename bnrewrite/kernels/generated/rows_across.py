@@ -25,7 +25,7 @@ def rows_across_source(source: Source) -> str:
 
 
 def _forward(rows: Rows, across: Across) -> list[str]:
-    source = rows.source
+    source, element = rows.source, rows.element
     return [
         source.signature("forward", source.forward_arguments(), ["y"]),
         *_head(rows, across),
@@ -37,7 +37,7 @@ def _forward(rows: Rows, across: Across) -> list[str]:
             [
                 *_known(rows, across, rows.of_group),
                 *updates(source),
-                *rows.sweep([*rows.element.fetched("x"), *rows.element.forward()]),
+                *rows.sweep([*element.fetched(element.reads), *element.forward()], "y"),
             ],
         ),
         *_driver("measure", ["average"]),
@@ -56,7 +56,7 @@ def _backward(rows: Rows, across: Across) -> list[str]:
     flush += [f"{symbol} += {text};" for symbol, text in group_sums]
     flush += [f"clear({name}, {name}_rest);" for name in lanes]
     body = [
-        *element.fetched("x", "dy"),
+        *element.fetched(element.reads_back),
         *element.backward(),
         *adds,
         *element.residual_gradient(),
@@ -77,7 +77,12 @@ def _backward(rows: Rows, across: Across) -> list[str]:
         *(["  const acc middle = acc(M);"] if element.needs_mean else []),
         *indented(
             rows.sweep(
-                [*element.fetched("x", "dy"), *element.backward(), element.input_gradient()]
+                [
+                    *element.fetched(element.reads_back),
+                    *element.backward(),
+                    element.input_gradient(),
+                ],
+                "dx",
             ),
             2,
         ),
