@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import ACROSS, AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 
-from bnrewrite.kernels.generated import build, call, kernel, norm, norm_with_updates
+from bnrewrite.kernels.generated import build, call, kernel, norm, norm_with_updates, runtime
 from bnrewrite.kernels.generated.layout import arrange
 from bnrewrite.kernels.generated.program import parse
 
@@ -161,6 +162,19 @@ def test_derivatives(kind: str) -> None:
     free = [t.requires_grad_(i not in parse(text).fixed) for i, t in enumerate(problem.tensors)]
     torch.autograd.gradcheck(lambda *given: norm(text, *given), (x, *free))
     torch.autograd.gradgradcheck(lambda *given: norm(text, *given), (x, *free))
+
+
+@pytest.mark.parametrize("kind", ["layer", "residual", "running"])
+def test_gradients_by_compiled_autograd(kind: str) -> None:
+    """It gives a node back what it saved, where it can trace that."""
+    runtime.build()
+    problem = draw(PROGRAMS[kind], SHAPES[rank(kind)])
+    problem.run(norm_with_updates, torch.float32)
+    expected = problem.run(norm_with_updates, torch.float32)  # by what the first call added
+    torch.compiler.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = problem.run(norm_with_updates, torch.float32)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_step_with_and_without_a_graph_is_the_same() -> None:
