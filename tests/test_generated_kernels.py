@@ -325,6 +325,17 @@ def test_what_has_no_kernel_runs_by_operations() -> None:
         norm(text, x, torch.ones(3), one)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_of_another_dtype_is_added_by_operations(dtype: torch.dtype) -> None:
+    """A kernel reads it as it reads x: other memory, and beyond its end."""
+    problem = draw(PROGRAMS["residual"], SHAPES[4])
+    x, *tensors = (t.float() for t in (problem.x, *problem.tensors))
+    expected = norm(problem.text, x, *tensors)
+    for _ in range(2):
+        y = norm(problem.text, x, *tensors[:-1], tensors[-1].to(dtype))
+        torch.testing.assert_close(y, expected)
+
+
 def test_what_varies_along_rows_and_along_columns_is_not_compiled(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
