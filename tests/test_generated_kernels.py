@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import ACROSS, AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 
-from bnrewrite.kernels.generated import build, call, kernel, norm, norm_with_updates
+from bnrewrite.kernels.generated import build, call, kernel, norm, norm_with_updates, runtime
 from bnrewrite.kernels.generated.layout import arrange
 from bnrewrite.kernels.generated.program import parse
 
@@ -163,6 +164,19 @@ def test_derivatives(kind: str) -> None:
     torch.autograd.gradgradcheck(lambda *given: norm(text, *given), (x, *free))
 
 
+@pytest.mark.parametrize("kind", ["layer", "residual", "running"])
+def test_gradients_by_compiled_autograd(kind: str) -> None:
+    """It gives a node back what it saved, where it can trace that."""
+    runtime.build()
+    problem = draw(PROGRAMS[kind], SHAPES[rank(kind)])
+    problem.run(norm_with_updates, torch.float32)
+    expected = problem.run(norm_with_updates, torch.float32)  # by what the first call added
+    torch.compiler.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = problem.run(norm_with_updates, torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_step_with_and_without_a_graph_is_the_same() -> None:
     problem = draw(PROGRAMS["batch relu"], (3, 8, 5, 7))
     x = problem.x.float().requires_grad_()
@@ -309,6 +323,17 @@ def test_what_has_no_kernel_runs_by_operations() -> None:
     assert norm(text, x[:0], one, one).shape == (0, 5, 37)
     with pytest.raises(RuntimeError, match="invalid for input of size 3"):
         norm(text, x, torch.ones(3), one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_of_another_dtype_is_added_by_operations(dtype: torch.dtype) -> None:
+    """A kernel reads it as it reads x: other memory, and beyond its end."""
+    problem = draw(PROGRAMS["residual"], SHAPES[4])
+    x, *tensors = (t.float() for t in (problem.x, *problem.tensors))
+    expected = norm(problem.text, x, *tensors)
+    for _ in range(2):
+        y = norm(problem.text, x, *tensors[:-1], tensors[-1].to(dtype))
+        torch.testing.assert_close(y, expected)
 
 
 def test_what_varies_along_rows_and_along_columns_is_not_compiled(

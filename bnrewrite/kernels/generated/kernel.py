@@ -98,6 +98,8 @@ def made_for(text: str, x: Tensor, tensors: Sequence[Tensor]) -> Kernel | None:
         return None
     if not fits(program, x.shape, [t.shape for t in tensors]):
         return None
+    if program.residual and tensors[-1].dtype != x.dtype:
+        return None
     strides = torch.empty_like(x).stride()
     arranged = arrange(program, x.shape, strides)
     if arranged is None:

@@ -9,6 +9,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -177,8 +178,21 @@ variable_list of_reference(const Kernel &kernel, const variable_list &given, con
   return result;
 }
 
+// What a node keeps of a kernel: a tensor, as compiled autograd gives a node nothing else back.
+Tensor held(const Found &kernel) {
+  return at::from_blob(kernel.get(), {int64_t(sizeof(Kernel))}, [kernel](void *) {}, at::kByte);
+}
+
+// Which kernel is called, and where y and the updates go.
+struct Call {
+  const Found &kernel;
+  variable_list &made;
+};
+
 struct Norm : torch::autograd::Function<Norm> {
-  static variable_list forward(AutogradContext *context, const Found &kernel, at::TensorList given) {
+  // Returns y alone: compiled autograd takes no node with results that have no gradient.
+  static Tensor forward(AutogradContext *context, const Call &call, at::TensorList given) {
+    const Found &kernel = call.kernel;
     const Tensor &x = given[0];
     variable_list tensors(given.begin() + 1, given.end());
     auto [made, moments] = run(*kernel, x, tensors);
@@ -200,15 +214,15 @@ struct Norm : torch::autograd::Function<Norm> {
     }
     if (kernel->residual) saved.push_back(made[0]); // the mask of its activation
     context->save_for_backward(std::move(saved));
-    context->saved_data["kernel"] = c10::IValue::make_capsule(kernel);
+    context->saved_data["kernel"] = held(kernel);
     context->set_materialize_grads(false);
-    if (made.size() > 1) context->mark_non_differentiable(variable_list(made.begin() + 1, made.end()));
-    return made;
+    call.made = std::move(made);
+    return call.made[0];
   }
 
   static variable_list backward(AutogradContext *context, const variable_list &cotangents) {
-    const auto held_kernel = context->saved_data["kernel"].toCapsule();
-    const Kernel &kernel = *static_cast<const Kernel *>(held_kernel.get());
+    const Tensor held_kernel = context->saved_data["kernel"].toTensor();
+    const Kernel &kernel = *static_cast<const Kernel *>(held_kernel.data_ptr());
     variable_list saved = context->get_saved_variables();
     const Tensor &x = saved[0], &moments = saved[1], y = kernel.residual ? saved.back() : Tensor();
     const size_t given = saved.size() - 1, count = kernel.orders.size(); // x, tensors, residual
@@ -273,7 +287,8 @@ PyObject *call(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
     if (recorded && c10::GradMode::is_enabled()) {
       for (Tensor &one : given)
         if (one.is_inference()) one = one.clone(); // to be saved
-      made = Norm::apply(kernel, at::TensorList(given));
+      const Tensor y = Norm::apply(Call{kernel, made}, at::TensorList(given));
+      made[0] = y;
     } else {
       at::NoGradGuard no_grad;
       made = run(*kernel, given[0], variable_list(given.begin() + 1, given.end())).first;
