@@ -109,8 +109,8 @@ def test_columns_that_do_not_fill_vectors(kind: str, channels: int, dtype: torch
 def test_results_that_are_written_past_the_caches(
     kind: str, layout: str, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As those above 16 MiB are, here at any size."""
-    limit = "constexpr int64_t PAST = int64_t(16) << 20;"
+    """As those above 8 MiB are, here at any size."""
+    limit = "constexpr int64_t PAST = int64_t(8) << 20;"
     assert build.PRELUDE.count(limit) == 1
     monkeypatch.setattr(
         build, "PRELUDE", build.PRELUDE.replace(limit, "constexpr int64_t PAST = 0;")
