@@ -336,6 +336,11 @@ def test_a_residual_of_another_dtype_is_added_by_operations(dtype: torch.dtype) 
         torch.testing.assert_close(y, expected)
 
 
+def test_the_mean_of_what_is_taken_about_zero_is_zero_in_gradients_too() -> None:
+    text = "x[n c] over c about zero; scale = (V + 1.0e-5)**(-1/2); shift = 1 - M*0.5"
+    assert compare(draw(text, (5, 33)), norm_with_updates, torch.float32) == []
+
+
 def test_what_varies_along_rows_and_along_columns_is_not_compiled(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -214,6 +214,8 @@ def parse(text: str) -> Program:
             else:
                 named[name] = expression
     symbols: dict[str, Any] = {"M": M, "V": V, "Ms": Ms, "Vs": Vs, "N": N, **FUNCTIONS}
+    if match[3]:
+        symbols |= {"M": sympy.Integer(0), "Ms": sympy.Integer(0)}  # no gradient flows to it
     symbols |= {f"N{a}": sympy.Symbol(f"N{a}", positive=True) for dim in dims for a in dim}
     symbols |= {f"t{i}": sympy.Symbol(f"t{i}", real=True) for i in range(len(tensors))}
     symbols |= {f"m{i}": sympy.Symbol(f"m{i}", real=True) for i in range(len(averaged))}
