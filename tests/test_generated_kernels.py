@@ -122,6 +122,39 @@ def test_results_that_are_written_past_the_caches(
         assert compare(problem, norm_with_updates, torch.float32) == []
 
 
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])  # vectors of 16 and 32 bytes
+@pytest.mark.parametrize(
+    ("kind", "layout", "dtype"),
+    [
+        ("batch relu", "contiguous", torch.float32),
+        ("group silu", "second axis inside", torch.float32),
+        ("residual", "second axis inside", torch.float64),
+        ("layer", "contiguous", torch.bfloat16),
+        ("batch relu", "second axis inside", torch.float16),
+    ],
+)
+def test_processors_with_shorter_vectors(
+    processor: str,
+    kind: str,
+    layout: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Than the one that the tests run on may have."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("x86-64-v3 needs a processor with AVX2")
+    flags = [f"-march={processor}" if flag == "-march=native" else flag for flag in build.FLAGS]
+    monkeypatch.setattr(build, "FLAGS", flags)
+    monkeypatch.setattr(kernel, "compiled_functions", kernel.compiled_functions.__wrapped__)
+    monkeypatch.setattr(call, "_kernels", {})
+    monkeypatch.setattr(runtime, "_programs", {})
+    monkeypatch.setenv("BNREWRITE_CACHE", str(tmp_path))
+    for sizes in (SHAPES[rank(kind)], (2, 40, 3, 11)[: rank(kind)]):
+        problem = draw(PROGRAMS[kind], sizes, layout)
+        assert compare(problem, norm_with_updates, dtype) == []
+
+
 @settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(2, 70), min_size=3, max_size=3),
@@ -225,7 +258,7 @@ def test_short_rows_whose_squares_all_round_alike() -> None:
             mean = sum(numbers) / len(numbers)
             exact = sum((number - mean) ** 2 for number in numbers) / len(numbers)
             errors.append(abs(float(Fraction(variance) / exact - 1)))
-    assert max(errors) < 1e-15
+    assert max(errors) < 3e-15  # torch.var: 1.1e-15
 
 
 @pytest.mark.parametrize("place", ["group", "element"])

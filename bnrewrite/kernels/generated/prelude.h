@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, loads and stores of every dtype, and moments that are merged.
+// Vectors of numbers, loads and stores of every dtype, and moments that are merged.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,30 +9,42 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#if defined(__AVX512F__) || defined(__F16C__)
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int64_t W = 16;       // numbers in a vector
-constexpr int64_t BLOCK = 1024; // numbers that are added up in single precision
-constexpr int64_t ROWS = 64;    // rows of columns that are
-constexpr int64_t MOST = 256;   // the same, where it takes long to merge them
-constexpr int64_t TALL = 8;     // rows that are read at once
-constexpr int64_t AHEAD = 4;    // steps of such rows between what is read and what is asked for
-constexpr int64_t NEAR = 128;   // numbers of a row between the two, where there are no such rows
-constexpr int64_t FAR = 2048;   // the same of rows that are no columns
+#if defined(__AVX512F__)
+constexpr int64_t REGISTER = 64; // bytes
+#elif defined(__AVX__)
+constexpr int64_t REGISTER = 32;
+#else
+constexpr int64_t REGISTER = 16;
+#endif
+
+// Numbers in a vector. Of longer ones a compiler keeps parts in memory, which takes ten times as long.
+constexpr int64_t W = REGISTER / sizeof(acc);
+
+constexpr int64_t LINE = 64;      // bytes of a cache
+constexpr int64_t BLOCK = 64 * W; // numbers that are added up in single precision
+constexpr int64_t ROWS = 64;      // rows of columns that are
+constexpr int64_t MOST = 256;     // the same, where it takes long to merge them
+constexpr int64_t TALL = 8;       // rows that are read at once
+constexpr int64_t AHEAD = 4;      // steps of such rows between what is read and what is asked for
+constexpr int64_t NEAR = 128;     // numbers of a row between the two, where there are no such rows
+constexpr int64_t FAR = 2048;     // the same of rows that are no columns
 
 // The fewest columns that are whole groups and fill vectors; if these are many, whole groups.
 inline int64_t filled_by(int64_t group) {
   const int64_t filled = group * (W / std::min(W, group & -group)); // the least multiple of both
-  return filled > 16 * W ? group : filled;
+  return filled > 256 ? group : filled;
 }
 
-typedef acc vec __attribute__((vector_size(W * sizeof(acc))));
-typedef uint16_t half_bits __attribute__((vector_size(32)));
-typedef uint32_t word_bits __attribute__((vector_size(64)));
+typedef acc vec __attribute__((vector_size(REGISTER)));
+typedef uint16_t half_bits __attribute__((vector_size(W * 2)));
+typedef uint32_t word_bits __attribute__((vector_size(W * 4)));
+typedef float floats __attribute__((vector_size(W * 4)));
 
 struct bfloat16 {
   uint16_t bits;
@@ -51,23 +63,16 @@ inline void narrow(float16 *p, singles value) {
 }
 #elif defined(__F16C__)
 constexpr bool HALVES = std::is_same_v<acc, float>;
-struct singles {
-  __m256 low, high;
-};
+typedef __m256 singles;
 
-inline singles widen(const float16 *p) {
-  auto from = (const __m128i *)p;
-  return {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
-}
+inline singles widen(const float16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((__m128i *)p)); }
 
 inline void narrow(float16 *p, singles value) {
-  auto to = (__m128i *)p;
-  _mm_storeu_si128(to, _mm256_cvtps_ph(value.low, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(to + 1, _mm256_cvtps_ph(value.high, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 constexpr bool HALVES = false;
-typedef float singles __attribute__((vector_size(64)));
+typedef floats singles;
 inline singles widen(const float16 *) { return singles{}; }
 inline void narrow(float16 *, singles) {}
 #endif
@@ -79,7 +84,6 @@ inline V load(const T *p) {
       half_bits half;
       std::memcpy(&half, p, sizeof half);
       word_bits word = __builtin_convertvector(half, word_bits) << 16;
-      typedef float floats __attribute__((vector_size(64)));
       floats value;
       std::memcpy(&value, &word, sizeof value);
       return __builtin_convertvector(value, vec);
@@ -108,7 +112,6 @@ template <class T, class V>
 inline void store(T *p, V value) {
   if constexpr (std::is_same_v<V, vec>) {
     if constexpr (std::is_same_v<T, bfloat16>) {
-      typedef float floats __attribute__((vector_size(64)));
       floats single = __builtin_convertvector(value, floats);
       word_bits word;
       std::memcpy(&word, &single, sizeof word);
@@ -136,22 +139,21 @@ inline void store(T *p, V value) {
   }
 }
 
-typedef acc half_vec __attribute__((vector_size(W / 2 * sizeof(acc))));
-typedef double eight __attribute__((vector_size(64)));
-
 // Single numbers are added up one after the other, with more digits than they have themselves.
 typedef std::conditional_t<std::is_same_v<acc, double>, long double, double> finer;
 
 // The sum of the lanes and a rest, in double precision.
 inline double total(vec lanes, finer rest) {
-  half_vec halves[2];
+  typedef acc half __attribute__((vector_size(REGISTER / 2)));
+  typedef double wide __attribute__((vector_size(W / 2 * sizeof(double))));
+  half halves[2];
   std::memcpy(halves, &lanes, sizeof lanes);
-  eight sums = __builtin_convertvector(halves[0], eight) + __builtin_convertvector(halves[1], eight);
-  typedef double four __attribute__((vector_size(32)));
-  four quarters[2];
-  std::memcpy(quarters, &sums, sizeof sums);
-  four last = quarters[0] + quarters[1];
-  return double(((last[0] + last[1]) + (last[2] + last[3])) + rest);
+  const wide sums = __builtin_convertvector(halves[0], wide) + __builtin_convertvector(halves[1], wide);
+  double parts[W / 2];
+  std::memcpy(parts, &sums, sizeof sums);
+  for (int64_t n = W / 4; n > 0; n /= 2)
+    for (int64_t i = 0; i < n; ++i) parts[i] += parts[i + n];
+  return double(parts[0] + rest);
 }
 
 // Asks for what is read a while later, for the second cache: the first one is small, and gives up
@@ -182,14 +184,14 @@ constexpr int64_t PAST = int64_t(8) << 20; // bytes
 
 template <class T>
 inline bool goes_past(const T *result, int64_t size, int64_t dense) {
-  return size * int64_t(sizeof(T)) > PAST && dense % W == 0 && result != nullptr;
+  return size * int64_t(sizeof(T)) > PAST && dense * sizeof(T) % LINE == 0 && result != nullptr;
 }
 
 template <class T, class V>
 inline void store(T *p, V value, bool past) {
-#if defined(__AVX512F__) || defined(__F16C__)
+#ifdef __AVX__
   if constexpr (std::is_same_v<V, vec> && std::is_same_v<T, acc>) {
-    if (past && uintptr_t(p) % 64 == 0) {
+    if (past && uintptr_t(p) % sizeof value == 0) {
       __m256i parts[sizeof value / sizeof(__m256i)];
       std::memcpy(parts, &value, sizeof value);
       for (auto &part : parts) _mm256_stream_si256((__m256i *)p + (&part - parts), part);
@@ -205,7 +207,7 @@ struct Settled {
   int64_t threads;
   bool past;
   ~Settled() {
-#if defined(__AVX512F__) || defined(__F16C__)
+#ifdef __AVX__
     if (!past) return;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     _mm_sfence();
@@ -224,7 +226,9 @@ struct Last {
 };
 
 inline Last last(int64_t count) {
-  constexpr lane_numbers order = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr lane numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  lane_numbers order;
+  std::memcpy(&order, numbers, sizeof order);
   return {order >= lane(W - count)};
 }
 
