@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #include <omp.h>
 #ifdef __linux__
@@ -225,10 +226,13 @@ struct Last {
   lane_numbers is_new;
 };
 
+template <lane... numbers>
+constexpr lane_numbers in_order(std::integer_sequence<lane, numbers...>) {
+  return lane_numbers{numbers...};
+}
+
 inline Last last(int64_t count) {
-  constexpr lane numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  lane_numbers order;
-  std::memcpy(&order, numbers, sizeof order);
+  constexpr lane_numbers order = in_order(std::make_integer_sequence<lane, W>{});
   return {order >= lane(W - count)};
 }
 
