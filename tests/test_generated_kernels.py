@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import emulate, missing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import ACROSS, AFFINE, LAYOUTS, PROGRAMS, by_reference, compare, draw, on_threads
@@ -122,8 +123,7 @@ def test_results_that_are_written_past_the_caches(
         assert compare(problem, norm_with_updates, torch.float32) == []
 
 
-@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])  # vectors of 16 and 32 bytes
-@pytest.mark.parametrize(
+on_processors = pytest.mark.parametrize(
     ("kind", "layout", "dtype"),
     [
         ("batch relu", "contiguous", torch.float32),
@@ -133,6 +133,10 @@ def test_results_that_are_written_past_the_caches(
         ("batch relu", "second axis inside", torch.float16),
     ],
 )
+
+
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])  # vectors of 16 and 32 bytes
+@on_processors
 def test_processors_with_shorter_vectors(
     processor: str,
     kind: str,
@@ -144,7 +148,7 @@ def test_processors_with_shorter_vectors(
     """Than the one that the tests run on may have."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("x86-64-v3 needs a processor with AVX2")
-    flags = [f"-march={processor}" if flag == "-march=native" else flag for flag in build.FLAGS]
+    flags = [f"-march={processor}" if flag == build.NATIVE else flag for flag in build.FLAGS]
     monkeypatch.setattr(build, "FLAGS", flags)
     monkeypatch.setattr(kernel, "compiled_functions", kernel.compiled_functions.__wrapped__)
     monkeypatch.setattr(call, "_kernels", {})
@@ -153,6 +157,18 @@ def test_processors_with_shorter_vectors(
     for sizes in (SHAPES[rank(kind)], (2, 40, 3, 11)[: rank(kind)]):
         problem = draw(PROGRAMS[kind], sizes, layout)
         assert compare(problem, norm_with_updates, dtype) == []
+
+
+@on_processors
+def test_arm_processors(
+    kind: str, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    emulate(monkeypatch, tmp_path)
+    problem = draw(PROGRAMS[kind], (2, 40, 3, 11)[: rank(kind)], layout)
+    assert compare(problem, norm_with_updates, dtype) == []
 
 
 @settings(max_examples=40)

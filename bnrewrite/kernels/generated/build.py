@@ -29,8 +29,10 @@ import sympy
 import torch
 
 PRELUDE = (Path(__file__).parent / "prelude.h").read_text()
+# Compilers for ARM have another name for the processor that they run on; some lack the usual one.
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = (
-    "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno",
+    "-std=c++20", "-O3", NATIVE, "-fPIC", "-shared", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-w",
 )  # fmt: skip
 PROBE = 'extern "C" int64_t probe() { return omp_get_max_threads() > 0 ? W : 0; }'
@@ -186,7 +188,7 @@ def _printers() -> str:
 
 @cache
 def _machine() -> str:
-    """What ``-march=native`` stands for here."""
+    """What the name of this processor stands for."""
     flags = ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

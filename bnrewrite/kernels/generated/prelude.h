@@ -10,8 +10,10 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __AVX__
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -50,7 +52,11 @@ typedef float floats __attribute__((vector_size(W * 4)));
 struct bfloat16 {
   uint16_t bits;
 };
+#ifdef __aarch64__
+typedef __fp16 float16; // the other name only from GCC 13 on
+#else
 typedef _Float16 float16;
+#endif
 
 // A compiler converts vectors of halves one by one, which takes eight times as long (GCC 12).
 #ifdef __AVX512F__
@@ -71,6 +77,13 @@ inline singles widen(const float16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128(
 inline void narrow(float16 *p, singles value) {
   _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+constexpr bool HALVES = std::is_same_v<acc, float>;
+typedef float32x4_t singles;
+
+inline singles widen(const float16 *p) { return vcvt_f32_f16(vld1_f16(p)); }
+
+inline void narrow(float16 *p, singles value) { vst1_f16(p, vcvt_f16_f32(value)); }
 #else
 constexpr bool HALVES = false;
 typedef floats singles;
