@@ -1,10 +1,10 @@
 """Kernels as programs of an ARM processor, run by an emulator.
 
-It needs two Debian packages, `g++-aarch64-linux-gnu` and `qemu-user`. Whole files of tests run so as
-well, but for those of the C++ runtime and those that change how kernels are compiled:
+It needs two Debian packages, `g++-aarch64-linux-gnu` and `qemu-user`. Whole files of tests run so
+as well, but for those of the C++ runtime and those that change how kernels are compiled:
 
-    export PYTHONPATH=tests
-    python -m pytest -p emulated tests/test_generated_*.py -k "not (compiled or processors or past)"
+    export PYTHONPATH=tests SOME="not (compiled or processors or past)"
+    python -m pytest -p emulated tests/test_generated_kernels.py -k "$SOME"
 
 Instead of being loaded, a kernel becomes a program that reads the tensors and numbers of a call
 from a file and writes the tensors back.
